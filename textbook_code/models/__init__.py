@@ -1,1 +1,4 @@
-"""See the modules inside."""
+"""One model, one file: open it and see the whole forward pass.
+
+Book: learning-path
+"""

@@ -1,1 +1,4 @@
-"""See the modules inside."""
+"""Objectives and loops; models come in as arguments.
+
+Book: bert-mlm
+"""

@@ -1,1 +1,4 @@
-"""See the modules inside."""
+"""Text transformers.
+
+Book: learning-path
+"""

@@ -1,0 +1,215 @@
+"""Attention: scaled dot-product, many heads, shared keys and values, another source.
+
+    q = x W_q,  k = c W_k,  v = c W_v           c = x (self) or another sequence (cross)
+    out = softmax(q kᵀ / √Dh + mask) v W_o      for each head, side by side
+
+B batch, T queries, S keys, H query heads, K key/value heads, Dh head_dim.
+Paper: Vaswani et al. (2017), section 3.2; Shazeer (2019) for K = 1; Ainslie et al. (2023)
+for 1 < K < H. Reference: torch.nn.MultiheadAttention, F.scaled_dot_product_attention.
+
+Book: attention
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import KVCache
+from .checks import expect_bool, expect_divides, expect_shape
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Scaled dot-product attention, written out; it also returns the weights.
+
+    $$\mathrm{attention}(Q, K, V) = \mathrm{softmax}\!\left(\frac{Q K^\top}{\sqrt{d_k}}\right) V,$$
+
+    where a pair that the mask forbids gets weight 0. A query that may attend to nothing gets
+    a row of zeros, and so does its output. The softmax is taken in float32 at least.
+
+    Args:
+        q: (B, H, T, Dh).
+        k: (B, K, S, Dh); K divides H, and query head h reads key head h // (H/K).
+        v: (B, K, S, Dv).
+        attn_mask: bool, broadcastable to (B, H, T, S); True = may attend.
+        dropout: probability with which a weight is dropped.
+        scale: factor on the scores; 1/√Dh when left out.
+
+    Returns:
+        The output (B, H, T, Dv) and the weights (B, H, T, S) before dropout.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: shapes do not fit.
+
+    Book: attention-scaled
+    """
+    k, v = _check_and_share(q, k, v, attn_mask)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    scores = q @ k.transpose(-2, -1) * scale  # (B, H, T, S)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    if attn_mask is not None:
+        weights = weights.masked_fill(~attn_mask, 0)  # a row with nothing to see: zeros, not 1/S
+    return F.dropout(weights, dropout) @ v, weights
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """The same function as `attention`, by torch's kernel, which never stores the weights.
+
+    Takes the arguments of `attention` and returns its first result, (B, H, T, Dv).
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: shapes do not fit.
+
+    Book: attention-cost
+    """
+    k, v = _check_and_share(q, k, v, attn_mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
+
+
+def _check_and_share(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Check the shapes, and give each query head the key and value head that it reads."""
+    expect_shape("q", q, "B H T Dh")
+    expect_shape("k", k, "B K S Dh", B=q.size(0), Dh=q.size(3))
+    expect_shape("v", v, "B K S Dv", B=q.size(0), K=k.size(1), S=k.size(2))
+    expect_divides("k: number of heads", k.size(1), "q's number of heads", q.size(1))
+    if attn_mask is not None:
+        expect_bool("attn_mask", attn_mask)
+        scores = (q.size(0), q.size(1), q.size(2), k.size(2))
+        axes = zip(reversed(attn_mask.shape), reversed(scores), strict=False)
+        if attn_mask.dim() > 4 or any(have not in (1, want) for have, want in axes):
+            raise ValueError(
+                f"attn_mask: expected a shape that broadcasts to (B, H, T, S) = {scores}, "
+                f"got {tuple(attn_mask.shape)}"
+            )
+    group_size = q.size(1) // k.size(1)
+    if group_size > 1:
+        k, v = k.repeat_interleave(group_size, dim=1), v.repeat_interleave(group_size, dim=1)
+    return k, v
+
+
+class Attention(nn.Module):
+    r"""Multi-head attention; with fewer key/value heads, multi-query or grouped-query attention.
+
+    $$\mathrm{head}_h = \mathrm{attention}(X W^Q_h,\; C W^K_{g(h)},\; C W^V_{g(h)}), \qquad
+      Y = [\mathrm{head}_1; \ldots; \mathrm{head}_H]\, W^O,$$
+
+    with $C = X$ for self-attention, another sequence for cross-attention, and
+    $g(h) = \lfloor h / \mathtt{group\_size} \rfloor$.
+
+    Args:
+        d_model: width of `x` and of the output.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads K: H (multi-head, the default), 1 (multi-query), or a
+            divisor of H in between (grouped-query).
+        head_dim: width of a head; d_model / num_heads when left out.
+        d_context: width of `context` in cross-attention; d_model when left out.
+        bias: whether the four projections have biases.
+        dropout: probability with which a weight is dropped in training.
+
+    Raises:
+        ValueError: the head counts do not divide.
+
+    Book: attention-multi-head
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        d_context: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        expect_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        if head_dim is None:
+            expect_divides("num_heads", num_heads, "d_model", d_model)
+            head_dim = d_model // num_heads
+        d_context = d_model if d_context is None else d_context
+        self.d_model, self.d_context = d_model, d_context
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dropout = dropout
+        self.q_proj = nn.Linear(d_model, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_context, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_context, num_kv_heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(num_heads * head_dim, d_model, bias=bias)
+
+    @property
+    def group_size(self) -> int:
+        """How many query heads share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend from `x` to itself, or to `context`.
+
+        Args:
+            x: (B, T, D), the queries' side.
+            context: (B, S, d_context), the keys' and values' side; `x` when left out.
+            attn_mask: bool, broadcastable to (B, H, T, S); True = may attend.
+            cache: keys and values of earlier positions; the new ones are appended to it.
+            need_weights: also return the weights, by the written-out path.
+
+        Returns:
+            The output (B, T, D); with `need_weights` also the weights (B, H, T, S).
+
+        Raises:
+            TypeError: the mask is not boolean.
+            ValueError: shapes do not fit.
+
+        Book: attention-multi-head
+        """
+        expect_shape("x", x, "B T D", D=self.d_model)
+        source = x
+        if context is not None:
+            expect_shape("context", context, "B S d_context", B=x.size(0), d_context=self.d_context)
+            source = context
+        q = self._split(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
+        k = self._split(self.k_proj(source), self.num_kv_heads)  # (B, K, S, Dh)
+        v = self._split(self.v_proj(source), self.num_kv_heads)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        if need_weights:
+            out, weights = attention(q, k, v, attn_mask, dropout=dropout)
+            return self._merge(out), weights
+        return self._merge(fused_attention(q, k, v, attn_mask, dropout=dropout))
+
+    def _split(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(x.size(0), x.size(1), heads, self.head_dim).transpose(1, 2)  # (B, heads, T, Dh)
+
+    def _merge(self, out: Tensor) -> Tensor:
+        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

@@ -1,0 +1,59 @@
+"""Errors that name the argument, what came and what was expected.
+
+Book: notation
+"""
+
+import torch
+from torch import Tensor
+
+
+def expect_shape(name: str, x: Tensor, axes: str, **sizes: int) -> None:
+    """Raise unless `x` has the axes named in `axes`, those given in `sizes` at that size.
+
+    Args:
+        name: the argument's name, as the caller knows it.
+        x: the tensor to check.
+        axes: shape letters, for example `"B T D"`.
+        **sizes: the letters whose size is fixed, for example `D=32`.
+
+    Raises:
+        TypeError: `x` is not a tensor.
+        ValueError: the number of axes or a fixed size differs.
+
+    Book: notation
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    letters = axes.split()
+    fits = x.dim() == len(letters) and all(
+        x.size(i) == sizes[letter] for i, letter in enumerate(letters) if letter in sizes
+    )
+    if not fits:
+        fixed = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+        wanted = f"({', '.join(letters)})" + (f" with {fixed}" if fixed else "")
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+
+
+def expect_bool(name: str, mask: Tensor) -> None:
+    """Raise unless `mask` is a boolean tensor (True = may attend, or a real token).
+
+    Raises:
+        TypeError: `mask` is not a tensor, or not of dtype bool.
+
+    Book: attention-masks
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name}: expected a bool tensor in which True means yes, got {got}")
+
+
+def expect_divides(name: str, divisor: int, of_name: str, of: int) -> None:
+    """Raise unless the positive integer `divisor` divides `of` without a rest.
+
+    Raises:
+        ValueError: it does not divide, or is not positive.
+
+    Book: attention-multi-head
+    """
+    if divisor < 1 or of % divisor:
+        raise ValueError(f"{name}: expected a positive divisor of {of_name} = {of}, got {divisor}")
