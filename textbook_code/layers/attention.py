@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import KVCache
-from .checks import expect_bool, expect_divides, expect_shape
+from .checks import expect_bool, expect_divides, expect_dtype, expect_shape
 
 
 def attention(
@@ -38,7 +38,7 @@ def attention(
         q: (B, H, T, Dh).
         k: (B, K, S, Dh); K divides H, and query head h reads key head h // (H/K).
         v: (B, K, S, Dv).
-        attn_mask: bool, broadcastable to (B, H, T, S); True = may attend.
+        attn_mask: bool, two to four axes, broadcastable to (B, H, T, S); True = may attend.
         dropout: probability with which a weight is dropped.
         scale: factor on the scores; 1/√Dh when left out.
 
@@ -46,7 +46,7 @@ def attention(
         The output (B, H, T, Dv) and the weights (B, H, T, S) before dropout.
 
     Raises:
-        TypeError: the mask is not boolean.
+        TypeError: the mask is not boolean, or the dtypes differ.
         ValueError: shapes do not fit.
 
     Book: attention-scaled
@@ -76,7 +76,7 @@ def fused_attention(
     Takes the arguments of `attention` and returns its first result, (B, H, T, Dv).
 
     Raises:
-        TypeError: the mask is not boolean.
+        TypeError: the mask is not boolean, or the dtypes differ.
         ValueError: shapes do not fit.
 
     Book: attention-cost
@@ -91,13 +91,17 @@ def _check_and_share(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) 
     expect_shape("k", k, "B K S Dh", B=q.size(0), Dh=q.size(3))
     expect_shape("v", v, "B K S Dv", B=q.size(0), K=k.size(1), S=k.size(2))
     expect_divides("k: number of heads", k.size(1), "q's number of heads", q.size(1))
+    if not q.is_floating_point():
+        raise TypeError(f"q: expected a floating-point tensor, got {q.dtype}")
+    expect_dtype("k", k, q.dtype)
+    expect_dtype("v", v, q.dtype)
     if attn_mask is not None:
         expect_bool("attn_mask", attn_mask)
         scores = (q.size(0), q.size(1), q.size(2), k.size(2))
         axes = zip(reversed(attn_mask.shape), reversed(scores), strict=False)
-        if attn_mask.dim() > 4 or any(have not in (1, want) for have, want in axes):
+        if not 2 <= attn_mask.dim() <= 4 or any(have not in (1, want) for have, want in axes):
             raise ValueError(
-                f"attn_mask: expected a shape that broadcasts to (B, H, T, S) = {scores}, "
+                f"attn_mask: expected 2 to 4 axes whose shape broadcasts to (B, H, T, S) = {scores}, "
                 f"got {tuple(attn_mask.shape)}"
             )
     group_size = q.size(1) // k.size(1)
@@ -143,11 +147,13 @@ class Attention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        expect_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
         if head_dim is None:
             expect_divides("num_heads", num_heads, "d_model", d_model)
             head_dim = d_model // num_heads
+        elif head_dim < 1:
+            raise ValueError(f"head_dim: expected a positive width, got {head_dim}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        expect_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
         d_context = d_model if d_context is None else d_context
         self.d_model, self.d_context = d_model, d_context
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -184,15 +190,17 @@ class Attention(nn.Module):
             The output (B, T, D); with `need_weights` also the weights (B, H, T, S).
 
         Raises:
-            TypeError: the mask is not boolean.
+            TypeError: the mask is not boolean, or the dtypes differ.
             ValueError: shapes do not fit.
 
         Book: attention-multi-head
         """
         expect_shape("x", x, "B T D", D=self.d_model)
+        expect_dtype("x", x, self.q_proj.weight.dtype)
         source = x
         if context is not None:
             expect_shape("context", context, "B S d_context", B=x.size(0), d_context=self.d_context)
+            expect_dtype("context", context, self.k_proj.weight.dtype)
             source = context
         q = self._split(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
         k = self._split(self.k_proj(source), self.num_kv_heads)  # (B, K, S, Dh)

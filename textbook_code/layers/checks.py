@@ -47,6 +47,21 @@ def expect_bool(name: str, mask: Tensor) -> None:
         raise TypeError(f"{name}: expected a bool tensor in which True means yes, got {got}")
 
 
+def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
+    """Raise unless `x` has the floating `dtype` that it is computed with.
+
+    Under autocast any floating tensor will do, and packed (quantised) weights decide nothing.
+
+    Raises:
+        TypeError: the dtype differs.
+
+    Book: notation
+    """
+    free = torch.is_autocast_enabled(x.device.type) or not dtype.is_floating_point
+    if x.dtype != dtype and not (free and x.is_floating_point()):
+        raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+
+
 def expect_divides(name: str, divisor: int, of_name: str, of: int) -> None:
     """Raise unless the positive integer `divisor` divides `of` without a rest.
 
