@@ -52,10 +52,10 @@ __legacy__ = _Backend()
 
 _NO_SPACE = re.compile(r"No space left on device|ENOSPC|Disk quota exceeded|not enough (free )?space", re.I)
 _NO_NETWORK = re.compile(
-    r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|Max retries"
-    r"|Connection broken|Temporary failure (in name resolution|resolving)|Network is unreachable"
-    r"|Connection refused|timed out|SSLError|Could not resolve|[Cc]ould not connect|Unable to connect"
-    r"|Cannot initiate the connection|ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN|ENETUNREACH|ERR_SOCKET_TIMEOUT"
+    r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries"
+    r"|Temporary failure (in name resolution|resolving)|Network is unreachable|timed out"
+    r"|Connection (broken|refused)|[Cc]ould not (connect|resolve)|Unable to connect"
+    r"|Cannot initiate the connection|ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN|ENETUNREACH"
 )
 _NOT_THERE = re.compile(
     r"No matching distribution|Could not find a version|E404|ETARGET|notarget"
