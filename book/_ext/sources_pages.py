@@ -79,7 +79,7 @@ def markdown(source: Source, used_by: Iterable[str] = ()) -> str:
         f'folder = fetch("{source.name}")',
         "```",
         "",
-        f"- **Licence:** {_sentence(source.licence)} {share}",
+        f"- **Licence:** {_sentence(source.licence)} {_sentence(source.terms)} {share}",
         f"- **Origin:** {_sentence(source.origin)}",
         f"- **To cite:** {_sentence(source.citation)}",
         f"- **Used by:** {pages or 'no page yet'}",
@@ -112,7 +112,7 @@ def overview(sources: Iterable[Source], *, link: bool = True) -> str:
             f"{{ref}}`{source.name} <data-{source.name}>`" if link else f"`{source.name}`",
             source.title,
             size(source.size),
-            source.licence.split(" (")[0].split(";")[0],
+            source.licence,
         )
         for source in sources
     ]

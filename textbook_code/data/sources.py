@@ -90,7 +90,8 @@ class Source:
         title, what: a heading, and a description in a sentence or two.
         routes: tried in turn; all lead to the same bytes.
         members: the files taken, each verified.
-        licence: the terms, as read in the package and at its origin.
+        licence: its name, or a few words where it has none.
+        terms: what the licence rests on and covers, as read in the package and at its origin.
         origin: who made it, and how the package relates to that.
         citation: the work to cite.
         caveats: what a user must know before trusting a number made with it.
@@ -105,6 +106,7 @@ class Source:
     routes: tuple[Route, ...]
     members: tuple[Member, ...]
     licence: str
+    terms: str
     origin: str
     citation: str
     caveats: tuple[str, ...] = ()
@@ -162,10 +164,8 @@ _ALL = (
                 sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             ),
         ),
-        licence=(
-            "Apache-2.0, as the model's own card states; the package that carries it puts MIT on its own "
-            "code."
-        ),
+        licence="Apache-2.0",
+        terms="So its own model card states; the package that carries it puts MIT on its own code.",
         origin=(
             "Published by the Sentence-Transformers project as sentence-transformers/all-MiniLM-L6-v2, "
             "fine-tuned from nreimers/MiniLM-L6-H384-uncased. The package is an unrelated person's "
@@ -210,10 +210,11 @@ _ALL = (
                 count=42,
             ),
         ),
-        licence=(
-            "Public domain. The package took only texts that Project Gutenberg states to be in the public "
-            "domain, and removed Gutenberg's name and licence from them; it puts CC BY 2.5 on the rest of "
-            "its content and MIT on its code, neither of which we unpack."
+        licence="Public domain",
+        terms=(
+            "The package took only texts that Project Gutenberg states to be in the public domain, and removed "
+            "Gutenberg's name and licence from them. It puts CC BY 2.5 on the rest of its content and MIT on its "
+            "code, neither of which we unpack."
         ),
         origin=(
             "Project Gutenberg's texts, which appear to follow the Globe edition of Clark and Wright (1866), "
@@ -258,10 +259,10 @@ _ALL = (
                 count=2225,
             ),
         ),
-        licence=(
+        licence="© BBC, for research and non-commercial use",
+        terms=(
             "All rights in the articles belong to the BBC. The makers of the collection offer it for "
-            "non-commercial and research purposes only; the MIT licence in the package can cover only its "
-            "code."
+            "non-commercial and research purposes only; the MIT licence in the package can cover only its code."
         ),
         origin=(
             "Collected by Derek Greene and Pádraig Cunningham (University College Dublin); the package is an "
@@ -273,8 +274,8 @@ _ALL = (
         ),
         caveats=(
             "It is fetched by each reader and run on; neither the book nor the package ships any of it.",
-            "98 articles are exact copies of another one, so that a random split would put one text on both "
-            "sides; `bbc_news` drops the copies unless asked not to.",
+            "100 articles repeat another one word for word, so that a random split would put one text on "
+            "both sides; `bbc_news` drops the copies unless asked not to.",
             "One file is Latin-1; the others are UTF-8.",
         ),
     ),

@@ -148,7 +148,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], name: str) -> list[Encod
 
 
 def _shorten(lengths: list[int], room: int) -> list[int]:
-    """Lengths that fit into ``room``: the longer text gives way first, and keeps the odd token when both must."""
+    """Lengths that fit into ``room``: the longer text gives way first, and keeps an odd token if both do."""
     if len(lengths) == 1:
         return [min(lengths[0], room)]
     shorter = min(*lengths, room // 2)
@@ -181,9 +181,8 @@ def sentences(text: str) -> list[str]:
 def bbc_news(folder: str | Path, *, distinct: bool = True) -> list[tuple[str, str]]:
     """The articles of ``fetch("bbc-news")`` with their class, as (text, label), ordered by class and number.
 
-    The first line of a text is its headline. 100 articles repeat another one word for word, always of the
-    same
-    class; with ``distinct`` the first of each stays, and no split can put one text on both its sides.
+    The first line of a text is its headline. 100 articles repeat another one word for word, always of
+    the same class; with ``distinct`` the first of each stays, so that no split has one text on both sides.
 
     Raises:
         FileNotFoundError: the folder holds no ``bbc/<class>/*.txt``.
