@@ -42,7 +42,7 @@ class _Backend:
 
     def prepare_metadata_for_build_wheel(self, folder, config_settings=None):
         name, version = os.environ["TEXTBOOK_CODE_SDIST"].split("==")
-        info = pathlib.Path(folder, f"{name}-{version}.dist-info")
+        info = pathlib.Path(folder, f"{name.replace('-', '_')}-{version}.dist-info")
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
         return info.name
@@ -52,10 +52,11 @@ __legacy__ = _Backend()
 
 _NO_SPACE = re.compile(r"No space left on device|ENOSPC|Disk quota exceeded|not enough (free )?space", re.I)
 _NO_NETWORK = re.compile(
-    r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|Max retries"
-    r"|Temporary failure (in name resolution|resolving)|Network is unreachable|timed out"
+    r"NewConnectionError|connection error|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError"
+    r"|Max retries|Temporary failure (in name resolution|resolving)|Network is unreachable|timed out"
     r"|Connection (broken|refused)|[Cc]ould not (connect|resolve)|Unable to connect"
-    r"|Cannot initiate the connection|ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN|ENETUNREACH"
+    r"|Cannot initiate the connection|ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN"
+    r"|ENETUNREACH"
 )
 _NOT_THERE = re.compile(
     r"No matching distribution|Could not find a version|E404|ETARGET|notarget"
@@ -82,8 +83,7 @@ def download(route: Route, work: Path, watch: Callable[[Path], None] | None = No
     scratch.mkdir()
     command, extra = _COMMANDS[route.registry](route, target, scratch)
     log = work / "client.log"
-    # The client's own temporary files belong in our folder too: nothing stays behind and the right disk is
-    # used.
+    # The client's temporary files belong in our folder too: nothing stays behind, and on the right disk.
     environment = (
         os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch)) | {"LC_ALL": "C"} | extra
     )
@@ -127,7 +127,8 @@ def _pip(route: Route, target: Path, scratch: Path) -> tuple[list[str], dict[str
             f"`{sys.executable} -m ensurepip` brings it."
         )
     command = [sys.executable, "-P", "-m", "pip", "--no-input", "--disable-pip-version-check", "download"]
-    command += ["--no-deps", "--ignore-requires-python", "--progress-bar", "off", "--dest", str(target)]
+    # -vv, because pip says nothing else about an index that it cannot reach when its retries are set to 0
+    command += ["-vv", "--no-deps", "--ignore-requires-python", "--dest", str(target)]
     if route.archive.endswith(".whl"):
         return [*command, "--only-binary", ":all:", route.spec], {}
     stand_in = scratch / "stand-in"

