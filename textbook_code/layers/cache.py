@@ -8,7 +8,7 @@ Book: attention-cache
 import torch
 from torch import Tensor
 
-from .checks import expect_shape
+from .checks import expect_dtype, expect_shape
 
 
 class KVCache:
@@ -54,6 +54,7 @@ class KVCache:
             Views (B, K, S, Dh) of all keys and all values, S = old length + T.
 
         Raises:
+            TypeError: a dtype differs from the cache's.
             ValueError: a shape differs from the cache's, or the cache is full.
 
         Book: attention-cache
@@ -61,6 +62,8 @@ class KVCache:
         B, K, max_seq_len, Dh = self.k.shape
         expect_shape("k", k, "B K T Dh", B=B, K=K, Dh=Dh)
         expect_shape("v", v, "B K T Dh", B=B, K=K, T=k.size(2), Dh=Dh)
+        expect_dtype("k", k, self.k.dtype)
+        expect_dtype("v", v, self.v.dtype)
         start, end = self.length, self.length + k.size(2)
         if end > max_seq_len:
             raise ValueError(

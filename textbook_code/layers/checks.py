@@ -62,6 +62,19 @@ def expect_dtype(name: str, x: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
 
 
+def expect_ids(name: str, ids: Tensor) -> None:
+    """Raise unless `ids` is a tensor of integers that can index a table.
+
+    Raises:
+        TypeError: `ids` is not a tensor, or not of dtype int64 or int32.
+
+    Book: bert-embeddings
+    """
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name}: expected a tensor of integer ids (int64 or int32), got {got}")
+
+
 def expect_divides(name: str, divisor: int, of_name: str, of: int) -> None:
     """Raise unless the positive integer `divisor` divides `of` without a rest.
 

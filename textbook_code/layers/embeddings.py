@@ -8,6 +8,8 @@ Book: bert-embeddings
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import expect_ids
+
 
 class TokenEmbedding(nn.Embedding):
     r"""A table with one row for each token; its transpose can serve as the output layer.
@@ -26,8 +28,8 @@ class TokenEmbedding(nn.Embedding):
     def __init__(self, vocab_size: int, d_model: int) -> None:
         super().__init__(vocab_size, d_model)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up (B, T) integer ids; returns (B, T, D).
+    def forward(self, tokens: Tensor, *, name: str = "tokens") -> Tensor:
+        """Look up (B, T) integer ids; returns (B, T, D). Errors call them by `name`.
 
         Raises:
             TypeError: the ids are not integers.
@@ -35,13 +37,12 @@ class TokenEmbedding(nn.Embedding):
 
         Book: bert-embeddings
         """
-        if tokens.is_floating_point() or tokens.is_complex():
-            raise TypeError(f"tokens: expected integer ids, got {tokens.dtype}")
+        expect_ids(name, tokens)
         try:
             return super().forward(tokens)
         except IndexError as error:
             raise ValueError(
-                f"tokens: expected ids from 0 to {self.num_embeddings - 1}, "
+                f"{name}: expected ids from 0 to {self.num_embeddings - 1}, "
                 f"got {int(tokens.min())} to {int(tokens.max())}"
             ) from error
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 
 def _positions(T: int, start: int, max_seq_len: int) -> slice:
-    if T < 1 or start < 0 or start + T > max_seq_len:
+    if not 0 <= start < max_seq_len:
+        raise ValueError(f"start: expected 0 to {max_seq_len - 1} (max_seq_len={max_seq_len}), got {start}")
+    if not 0 < T <= max_seq_len - start:
         raise ValueError(
             f"T: expected 1 to {max_seq_len - start} positions from start={start} "
             f"(max_seq_len={max_seq_len}), got {T}"

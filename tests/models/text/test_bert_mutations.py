@@ -215,7 +215,7 @@ def _(model: BertForPreTraining, patch: pytest.MonkeyPatch) -> None:
 @mutation("segments ignored")
 def _(model: BertForPreTraining, patch: pytest.MonkeyPatch) -> None:
     table = model.bert.segment_embed
-    patch.setattr(table, "forward", lambda segments: F.embedding(segments * 0, table.weight))
+    patch.setattr(table, "forward", lambda segments, name: F.embedding(segments * 0, table.weight))
 
 
 @mutation("norm of the embeddings missing")

@@ -274,8 +274,8 @@ class Bert(_BertPretrained, nn.Module):
             segments = torch.zeros_like(tokens)
         expect_shape("segments", segments, "B T", B=B, T=T)
 
-        x = self.token_embed(tokens) + self.pos_embed(T) + self.segment_embed(segments)  # (B, T, D)
-        x = self.dropout(self.embed_norm(x))
+        x = self.token_embed(tokens) + self.pos_embed(T) + self.segment_embed(segments, name="segments")
+        x = self.dropout(self.embed_norm(x))  # (B, T, D)
         collected = []
         for block in self.blocks:
             x, weights = block(x, attn_mask=attn_mask, need_weights=need_weights)
