@@ -338,7 +338,7 @@ def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as bundle, pytest.warns(UserWarning, match="Duplicate name"):
         bundle.writestr("root/a/b.txt", b"one")
         bundle.writestr("root/a/b.txt", b"two")
-    with pytest.raises(BadArchiveError, match="'root/a/b.txt' twice"):
+    with pytest.raises(BadArchiveError, match=r"'root/a/b\.txt' twice"):
         unpack_all(path, tmp_path / "into")
 
 
@@ -397,6 +397,19 @@ def test_a_missing_client_is_named_with_its_cure(
     monkeypatch.setattr(download, "shutil", SimpleNamespace(which=lambda name: None))
     monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ToolMissingError, match=says):
+        fetch("tiny")
+    assert left_behind() == []
+
+
+def test_a_client_that_cannot_be_started_is_named(
+    tiny: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "npm"
+    broken.write_text("#!/no/such/interpreter")
+    broken.chmod(0o755)
+    monkeypatch.setattr(download, "shutil", SimpleNamespace(which=lambda name: str(broken)))
+    register(monkeypatch, tiny, registry="npm")
+    with pytest.raises(ToolMissingError, match="npm cannot be started: No such file"):
         fetch("tiny")
     assert left_behind() == []
 
@@ -671,6 +684,13 @@ def test_offline_a_cached_source_is_given_and_another_refused(
 
 
 # Progress
+
+
+def test_counting_shrugs_at_a_folder_that_goes_away(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert store._bytes_in(tmp_path) == 5
+    assert store._bytes_in(tmp_path / "nowhere") == 0
 
 
 def test_progress_is_silent_where_there_is_no_terminal(

@@ -88,11 +88,8 @@ def download(route: Route, work: Path, watch: Callable[[Path], None] | None = No
         os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch)) | {"LC_ALL": "C"} | extra
     )
     cwd = target if route.registry == "apt" else None  # apt-get writes where it stands
-    try:
-        with log.open("wb") as out:
-            code = _run(command, out.fileno(), environment, cwd, lambda: watch(work) if watch else None)
-    except FileNotFoundError as error:
-        raise ToolMissingError(f"{command[0]} cannot be started: {error.strerror}.") from error
+    with log.open("wb") as out:
+        code = _run(command, out.fileno(), environment, cwd, lambda: watch(work) if watch else None)
     if code != 0:
         raise _diagnosis(route, log.read_text(errors="replace"), code)
     arrived = [path for path in target.iterdir() if path.is_file()]
@@ -105,9 +102,12 @@ def download(route: Route, work: Path, watch: Callable[[Path], None] | None = No
 def _run(
     command: list[str], out: int, environment: dict[str, str], cwd: Path | None, watch: Callable[[], None]
 ) -> int:
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd
-    )
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd
+        )
+    except OSError as error:  # not there any more, or not executable
+        raise ToolMissingError(f"{command[0]} cannot be started: {error.strerror}.") from error
     try:
         while True:
             try:

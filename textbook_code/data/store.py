@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -240,9 +240,8 @@ def _progress_bar(
 
 def _bytes_in(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # the client has just moved it on
-            continue
+    for parent, _, names in os.walk(folder):  # unlike rglob, it shrugs when a folder has just gone
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total
