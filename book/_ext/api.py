@@ -1,16 +1,19 @@
 """``{api}``: the reference of every public module, made by autodoc from the docstrings.
 
 Docstrings are written for people who read code, in Markdown; autodoc wants reStructuredText, so they are
-translated on the way: `code`, $mathematics$, displayed formulas and indented blocks. The line ``Book: <label>``
-becomes a link to the section that teaches the object. Names of other projects are printed without a link,
-since the book is built without a network; an unknown name of our own is still an error.
+translated on the way: `code`, $mathematics$, displayed formulas and indented blocks. The line
+``Book: <label>`` becomes a link to the section that teaches the object. Names of other projects are printed
+without a link, since the book is built without a network; an unknown name of our own is still an error.
 """
 
 from __future__ import annotations
 
+import ast
 import builtins
 import re
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,20 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 
 EXTERNAL = frozenset(sys.stdlib_module_names) | frozenset(dir(builtins)) | {
-    "huggingface_hub", "matplotlib", "np", "numpy", "optional", "rich", "safetensors", "tokenizers", "torch",
-    "typer",
+    "huggingface_hub", "matplotlib", "np", "numpy", "rich", "safetensors", "tokenizers", "torch", "typer",
 }  # fmt: skip
+_FIELDS = {
+    "Args": "param",
+    "Attributes": "ivar",
+    "Raises": "raises",
+    "Returns": "returns",
+    "Yields": "yields",
+}
 _INLINE = re.compile(r"(``.+?``|:[\w:]+:`[^`]+`|`[^`]+`|\$[^$\s](?:[^$]*[^$\s])?\$)", re.DOTALL)
-_SECTION = re.compile(r"^[A-Z][A-Za-z ]*:$")
+_ITEM = re.compile(r"([\w.*]+(?:, [\w.*]+)*):\s+(.*)")
+
+
+# ---------------------------------------------------------------- docstrings: Markdown → reStructuredText
 
 
 def _inline(text: str) -> str:
@@ -41,43 +53,74 @@ def _inline(text: str) -> str:
     return _INLINE.sub(one, text)
 
 
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _fields(lines: list[str]) -> Iterator[str]:
+    """Sections such as ``Args:`` as fields; the other lines as they are."""
+    i = 0
+    while i < len(lines):
+        kind = _FIELDS.get(lines[i].removesuffix(":")) if lines[i].endswith(":") else None
+        if kind is None or i + 1 == len(lines) or not _indent(lines[i + 1]):
+            yield lines[i]
+            i += 1
+            continue
+        base, i = _indent(lines[i + 1]), i + 1
+        start = i
+        yield ""
+        while i < len(lines) and (_indent(lines[i]) or not lines[i].strip()):
+            text = lines[i][base:]
+            if kind in ("returns", "yields"):
+                yield f":{kind}: {text}" if i == start else f"    {text}".rstrip()
+            elif _indent(lines[i]) == base and (item := _ITEM.match(text)):
+                yield from _item(kind, item[1], item[2])
+            else:
+                yield f"    {text}".rstrip()
+            i += 1
+        yield ""
+
+
+def _item(kind: str, names: str, text: str) -> Iterator[str]:
+    """``q, k: …`` as one field for each name."""
+    for name in names.replace("*", r"\*").split(", "):
+        yield f":{kind} {name}: {text}"
+
+
 def to_rst(lines: list[str]) -> list[str]:
-    """A Markdown docstring as reStructuredText, line by line."""
+    """A Markdown docstring as reStructuredText, line by line.
+
+    Raises:
+        ValueError: a displayed formula is not closed.
+    """
     out: list[str] = []
-    text = iter(enumerate(lines))
-    in_section = False
-    for i, line in text:
-        if line and not line[0].isspace():
-            in_section = bool(_SECTION.match(line)) and i + 1 < len(lines) and lines[i + 1][:1].isspace()
-        bare = line.strip()
+    text = list(_fields(lines))
+    in_field, i = False, 0
+    while i < len(text):
+        line, bare = text[i], text[i].strip()
+        i += 1
+        if bare and not _indent(line):
+            in_field = line.startswith(":")
         if bare.startswith("$$"):
             formula = [bare[2:]]
             while not formula[-1].rstrip(" ,.;").endswith("$$"):
-                try:
-                    formula.append(next(text)[1].strip())
-                except StopIteration:
-                    raise ValueError(f"docstring: a formula opened by $$ is never closed: {bare!r}") from None
-            tail = formula[-1].rstrip()
-            formula[-1] = tail.replace("$$", "")
-            indent = " " * (len(line) - len(line.lstrip()))
+                if i == len(text):
+                    raise ValueError(f"docstring: a formula opened by $$ is never closed: {bare!r}")
+                formula.append(text[i].strip())
+                i += 1
+            formula[-1] = formula[-1].replace("$$", "")
+            indent = " " * _indent(line)
             out += ["", f"{indent}.. math::", ""]
             out += [f"{indent}   {part}" for part in formula if part.strip()]
             out.append("")
-            continue
-        block = line[:4].isspace() and bare and not in_section and (not out or not out[-1].strip())
-        if block:  # a drawn formula or an example: keep its lines
-            out += ["::", "", line]
-            for _, more in text:
-                if more and not more[0].isspace():
-                    line = more
-                    break
-                out.append(more)
-            else:
-                break
-            in_section = bool(_SECTION.match(line))
-        if labels(line):
-            links = ", ".join(f":ref:`{label}`" for label in labels(line))
-            out.append(f"Taught in {links}.")
+        elif bare and _indent(line) >= 4 and not in_field and not (out and out[-1].strip()):
+            out += ["::", "", line]  # a drawn formula or an example: keep its lines
+            while i < len(text) and (_indent(text[i]) or not text[i].strip()):
+                out.append(text[i])
+                i += 1
+            out.append("")
+        elif labels(line):
+            out.append(f"Taught in {', '.join(f':ref:`{label}`' for label in labels(line))}.")
         else:
             out.append(line)
     return _inline("\n".join(out)).split("\n")
@@ -88,12 +131,46 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any,
         lines[:] = to_rst(lines)
 
 
+# ---------------------------------------------------------------- names
+
+
+@cache
+def imported(module: str) -> dict[str, str]:
+    """The names a module of ours imports from elsewhere, each with the module it comes from."""
+    path = dict(modules(package_folder())).get(module)
+    tree = ast.parse(path.read_text("utf-8")) if path else ast.Module([], [])
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.update({alias.asname or alias.name: node.module or "" for alias in node.names})
+    return found
+
+
 def unlinked(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.TextElement | None:
     """Print the names of other projects as they are."""
+    if node.get("refdomain") != "py":
+        return None
     root = node.get("reftarget", "").split(".")[0]
-    return content if node.get("refdomain") == "py" and root in EXTERNAL else None
+    origin = imported(node.get("py:module") or "").get(root, root)
+    return content if origin.split(".")[0] in EXTERNAL else None
+
+
+def public_bases(app: Sphinx, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
+    """Show the public classes behind a private base."""
+    found: list[Any] = []
+
+    def add(base: Any) -> None:
+        if getattr(base, "__name__", "").startswith("_"):
+            for behind in base.__bases__:
+                add(behind)
+        elif base not in found:
+            found.append(base)
+
+    for base in bases:
+        add(base)
+    bases[:] = found
 
 
 def markdown(names: list[str]) -> str:
@@ -128,8 +205,8 @@ class Api(Generated):
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.setup_extension("sphinx.ext.autodoc")
-    app.setup_extension("sphinx.ext.napoleon")
     app.add_directive("api", Api)
-    app.connect("autodoc-process-docstring", process_docstring, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("autodoc-process-bases", public_bases)
     app.connect("missing-reference", unlinked, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,7 @@
 """The bridges between package and pages, made from the ``Book: <label>`` lines of public docstrings.
 
-``{code-index}`` lists every public module, class and function of the package with the section that teaches it;
-``{page-code}`` lists, on a page, the objects taught on it. The sources are parsed, never imported.
+``{code-index}`` lists every public module, class and function of the package with the section that teaches
+it; ``{page-code}`` lists, on a page, the objects taught on it. The sources are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def package_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def modules(folder: Path, package: str = PACKAGE) -> Iterator[tuple[str, Path]]:
+def modules(folder: Path) -> Iterator[tuple[str, Path]]:
     """The public modules below ``folder``: (dotted name, file), packages before what is in them."""
     for path in sorted(folder.rglob("*.py"), key=lambda p: (p.parent, p.name != "__init__.py", p.name)):
         parts = path.relative_to(folder).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
         if not any(part.startswith("_") for part in parts):
-            yield ".".join((package, *parts)), path
+            yield ".".join((folder.name, *parts)), path
 
 
 def labels(docstring: str) -> tuple[str, ...]:
@@ -67,10 +67,10 @@ def labels(docstring: str) -> tuple[str, ...]:
     return tuple(name.strip(" `.") for name in found[1].split(",") if name.strip(" `."))
 
 
-def entries(folder: Path, package: str = PACKAGE) -> list[Entry]:
+def entries(folder: Path) -> list[Entry]:
     """Every public module that holds code, and every public class and function defined at its top level."""
     out = []
-    for module, path in modules(folder, package):
+    for module, path in modules(folder):
         tree = ast.parse(path.read_text("utf-8"))
         public = [
             node

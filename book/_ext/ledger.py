@@ -3,8 +3,8 @@
 The committed rows are in ``book/appendix/parity-ledger.json``; the parity tests write what they saw to
 ``_build/parity.json``. Option ``:models: bert, gpt`` keeps the rows of those models.
 
-From the shell, ``python book/_ext/ledger.py`` compares the two sets of rows and fails when they differ or when
-an error exceeds its tolerance.
+From the shell, ``python book/_ext/ledger.py`` compares the two sets of rows and fails when they differ or
+when an error exceeds its tolerance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``{recorded} NAME``: the box around what an experiment measured earlier; ``{recorded-table}`` lists them all.
+"""``{recorded} NAME``: the box around what an experiment measured; ``{recorded-table}`` lists them all.
 
 The data are in ``experiments/NAME.json``, written by the experiments' runner. What the page says about them
 is the directive's content.

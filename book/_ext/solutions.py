@@ -1,4 +1,4 @@
-"""``{exercise-card} page/name`` states an exercise on a page; ``{solutions}`` makes the appendix of solutions.
+"""``{exercise-card} page/name`` states an exercise on a page; ``{solutions}`` is the appendix of solutions.
 
 Both print what ``textbook_code.exercises`` holds. The role {exercise}`page/name` links to a card.
 ``card`` and ``solution`` return plain Markdown parts, so that a downloaded notebook can show the same.

@@ -1,6 +1,6 @@
-"""``{source} NAME`` says all there is to know of one source of data or weights; ``{sources-table}`` lists them.
+"""``{source} NAME`` says all there is to know of a source of data or weights; ``{sources-table}`` lists them.
 
-Everything printed comes from ``textbook_code.data.sources``, which is also what ``textbook-code fetch`` obeys.
+Everything printed comes from ``textbook_code.data.sources``, which ``textbook-code fetch`` obeys as well.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def markdown(source: Source, used_by: Iterable[str] = ()) -> str:
         "",
         "## Files",
         "",
-        "Each file is checked against its sha256 when it is unpacked. For a set of files the hash is that of their "
-        "manifest: what `sha256sum` prints for all of them, sorted by path.",
+        "Each file is checked against its sha256 when it is unpacked. For a set of files the hash is that of "
+        "their manifest: what `sha256sum` prints for all of them, sorted by path.",
         "",
         table(("File", "Number", "Size", "sha256"), files, (30, 11, 14, 45), kind="files"),
     ]
@@ -102,6 +102,7 @@ def markdown(source: Source, used_by: Iterable[str] = ()) -> str:
 
 
 def _sentence(text: str) -> str:
+    text = text.strip().replace(".  ", ". ")
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

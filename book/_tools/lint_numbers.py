@@ -4,8 +4,8 @@
     python book/_tools/lint_numbers.py page.md …
 
 What the book measures is computed in a cell and shown, or glued into the sentence; what a paper reports is
-printed by {published}. So prose holds no such number, except inside mathematics, code and roles, as the place of a
-citation ("section 3.2"), or by an entry of ``book/numbers-allowed.yml`` that says why:
+printed by {published}. So prose holds no such number, except inside mathematics, code and roles, as the place
+of a citation ("section 3.2"), or by an entry of ``book/numbers-allowed.yml`` that says why:
 
     - page: appendix/setup.md        # below book/; may hold wildcards
       text: "Python 3.11"            # the words around the number, as a reader sees them
@@ -35,16 +35,16 @@ from myst_parser.parsers.mdit import create_md_parser
 BOOK = Path("book")
 ALLOWED = Path("book/numbers-allowed.yml")
 EXTENSIONS = {
-    "amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist", "html_image",
-    "smartquotes", "strikethrough", "substitution", "tasklist",
+    "amsmath", "attrs_block", "attrs_inline", "colon_fence", "deflist", "dollarmath", "fieldlist",
+    "html_image", "smartquotes", "strikethrough", "substitution", "tasklist",
 }  # fmt: skip
 HIDDEN = "\ufffc"  # stands for code, mathematics and roles in the text that is searched
 
 # Directives whose body is no prose; in any other it is read like the page itself.
 NOT_PROSE = {
-    "amsmath", "bibliography", "code", "code-block", "code-cell", "csv-table", "doctest", "eval-rst", "explorer",
-    "glue", "graphviz", "image", "include", "jupyter-execute", "list-table-data", "literalinclude", "math",
-    "mermaid", "page-head", "parsed-literal", "raw", "sourcecode", "tableofcontents", "testcode", "toctree",
+    "amsmath", "bibliography", "code", "code-block", "code-cell", "eval-rst", "glue", "image", "include",
+    "literalinclude", "math", "mermaid", "page-head", "parsed-literal", "raw", "sourcecode",
+    "tableofcontents", "toctree",
 }  # fmt: skip
 PROSE_OPTIONS = ("alt", "caption", "title")
 
@@ -95,7 +95,8 @@ class Finding:
     kind: str
 
     def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.text!r} is a {self.kind} typed by hand: glue it, cite it or allow it"
+        what = f"{self.text!r} is a {self.kind} typed by hand"
+        return f"{self.path}:{self.line}: {what}: glue it, cite it or allow it"
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What the tests of the book's own extensions share: their import path, and a book small enough for a test."""
+"""What the tests of the book's own extensions share: their import path, and a book small enough to test."""
 
 from __future__ import annotations
 

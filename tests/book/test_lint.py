@@ -103,7 +103,8 @@ def test_leaves_alone(tmp_path: Path, text: str) -> None:
 
 
 def test_names_the_line(tmp_path: Path) -> None:
-    text = "# Title\n\nFirst line,\nthen `0.5` and 0.5,\nthen 7 %.\n\n````{note}\n```{tip}\nDeep: 9 ms.\n```\n````\n"
+    text = "# Title\n\nFirst line,\nthen `0.5` and 0.5,\nthen 7 %.\n\n"
+    text += "````{note}\n```{tip}\nDeep: 9 ms.\n```\n````\n"
     assert findings(tmp_path, text) == [(4, "0.5"), (5, "7 %"), (9, "9 ms")]
 
 
