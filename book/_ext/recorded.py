@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from execution import duration
 from generated import Generated, read_json, table
 from sphinx.application import Sphinx
 
 FOLDER = Path("experiments")
+_HASHED = "and the modules of the package that it imports, sha256"
 FIELDS = ("command", "date", "machine", "source_sha256")
 
 
@@ -37,9 +39,9 @@ def load(root: Path, name: str) -> Mapping[str, Any]:
     return record
 
 
-def machine(value: str | Mapping[str, Any]) -> str:
-    """A machine in words."""
-    return value if isinstance(value, str) else ", ".join(str(part) for part in value.values() if part)
+def _took(record: Mapping[str, Any]) -> str:
+    seconds = record.get("cpu_seconds")
+    return f", {duration(seconds)} of processor time" if seconds else ""
 
 
 def repeat(name: str) -> str:
@@ -53,10 +55,10 @@ def box(name: str, record: Mapping[str, Any], content: str = "") -> str:
         ":class: recorded",
         "",
         *([content, ""] if content else []),
-        f"- **Machine:** {machine(record['machine'])}",
+        f"- **Machine:** {record['machine']}",
         f"- **Date:** {str(record['date'])[:10]}",
-        f"- **Command:** `{record['command']}`",
-        f"- **Source:** `{FOLDER}/{name}.py`, sha256 {{digest}}`{record['source_sha256']}`",
+        f"- **Command:** `{record['command']}`{_took(record)}",
+        f"- **Source:** `{FOLDER}/{name}.py` {_HASHED} {{digest}}`{record['source_sha256']}`",
         f"- **To repeat it:** `{repeat(name)}`",
         "``````",
     ]
@@ -68,7 +70,7 @@ def listing(records: Mapping[str, Mapping[str, Any]]) -> str:
     if not records:
         return "*No experiment has been recorded yet.*"
     rows = [
-        (f"`{name}`", machine(record["machine"]), str(record["date"])[:10], f"`{repeat(name)}`")
+        (f"`{name}`", record["machine"], str(record["date"])[:10], f"`{repeat(name)}`")
         for name, record in records.items()
     ]
     out = [
@@ -82,8 +84,8 @@ def listing(records: Mapping[str, Mapping[str, Any]]) -> str:
             f"## `{name}`",
             "",
             *([str(record["about"]), ""] if record.get("about") else []),
-            f"- **Command:** `{record['command']}`",
-            f"- **Source:** `{FOLDER}/{name}.py`, sha256 {{digest}}`{record['source_sha256']}`",
+            f"- **Command:** `{record['command']}`{_took(record)}",
+            f"- **Source:** `{FOLDER}/{name}.py` {_HASHED} {{digest}}`{record['source_sha256']}`",
             *([f"- **Versions:** {versions}"] if versions else []),
             "",
         ]

@@ -30,7 +30,7 @@ def test_inline(text: str, expected: str) -> None:
 
 
 def test_displayed_formula() -> None:
-    assert rst("So\n\n$$y = x,$$\n\nwhere").split() == "So .. math:: y = x, where".split()
+    assert rst("So\n\n$$y = x,$$\n\nwhere").split() == ["So", "..", "math::", "y", "=", "x,", "where"]
     assert ".. math::\n\n   y = x\n   z\n" in rst("$$\ny = x\nz\n$$\nwhere")
 
 
@@ -46,7 +46,8 @@ def test_indented_block_keeps_its_lines() -> None:
 def test_sections_become_fields() -> None:
     out = rst(
         "Head.\n\nArgs:\n    q, k: queries and\n        keys.\n    **rest: more.\n\n"
-        "Returns:\n    The pair (B, T): both.\n\nRaises:\n    TypeError, ValueError: when `q` is bad.\n\nTail."
+        "Returns:\n    The pair (B, T): both.\n\nRaises:\n    TypeError, ValueError: when `q` is bad.\n\n"
+        "Tail."
     )
     for line in (
         ":param q: queries and",

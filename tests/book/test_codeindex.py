@@ -81,11 +81,13 @@ def test_page_code_is_the_reverse(folder: Path) -> None:
 
 
 def test_index_links_both_ways(tiny_book) -> None:
+    toctree = "```{toctree}\nbook/index\nbook/api\n```"
+    automodule = ".. automodule:: textbook_code.layers.attention\n   :members:"
     tiny_book.write(
         {
-            "index.md": "(attention)=\n# Index\n\n```{toctree}\nbook/index\nbook/api\n```\n\n```{code-index}\n```\n",
+            "index.md": f"(attention)=\n# Index\n\n{toctree}\n\n```{{code-index}}\n```\n",
             "book/index.md": "(attention-scaled)=\n# Scaled\n\n```{page-code}\n```\n",
-            "book/api.md": "# API\n\n```{eval-rst}\n.. automodule:: textbook_code.layers.attention\n   :members:\n```\n",
+            "book/api.md": f"# API\n\n```{{eval-rst}}\n{automodule}\n```\n",
         }
     )
     built = tiny_book.build()

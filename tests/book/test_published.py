@@ -1,4 +1,4 @@
-"""Figures from papers: the entries are complete, every tag on a page resolves, and the role prints the citation."""
+"""Figures from papers: entries are complete, every tag on a page resolves, the role prints the citation."""
 
 from __future__ import annotations
 
