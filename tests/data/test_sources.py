@@ -689,8 +689,8 @@ def test_offline_a_cached_source_is_given_and_another_refused(
 def test_counting_shrugs_at_a_folder_that_goes_away(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
-    assert store._bytes_in(tmp_path) == 5
-    assert store._bytes_in(tmp_path / "nowhere") == 0
+    assert store.bytes_in(tmp_path) == 5
+    assert store.bytes_in(tmp_path / "nowhere") == 0
 
 
 def test_progress_is_silent_where_there_is_no_terminal(
@@ -704,9 +704,9 @@ def test_progress_is_shown_on_a_terminal(
     tiny: Source, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    bytes_in = store._bytes_in
+    count = store.bytes_in
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr(store, "_bytes_in", lambda folder: seen.append(bytes_in(folder)) or seen[-1])
+    monkeypatch.setattr(store, "bytes_in", lambda folder: seen.append(count(folder)) or seen[-1])
     fetch("tiny")
     shown = capfd.readouterr()
     assert "tiny (pip: tiny-corpus==1.0)" in shown.err and shown.out == ""

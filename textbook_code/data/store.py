@@ -94,6 +94,19 @@ def is_whole(folder: Path, source: Source, *, verify: bool = False) -> bool:
         return False
 
 
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files below ``folder``, even while others come and go in it.
+
+    Book: setup
+    """
+    total = 0
+    for parent, _, names in os.walk(folder):  # unlike rglob, it shrugs when a folder has just gone
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
+    return total
+
+
 def bring(source: Source, *, progress: bool = True, verify: bool = False) -> Path:
     """Download, verify, unpack and move into place; ``textbook_code.data.sources.fetch`` describes it.
 
@@ -235,13 +248,4 @@ def _progress_bar(
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(f"{source.name} ({route.client}: {route.spec})", total=route.size)
-        yield lambda folder: bars.update(task, completed=min(_bytes_in(folder), route.size))
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    for parent, _, names in os.walk(folder):  # unlike rglob, it shrugs when a folder has just gone
-        for name in names:
-            with suppress(OSError):
-                total += Path(parent, name).stat().st_size
-    return total
+        yield lambda folder: bars.update(task, completed=min(bytes_in(folder), route.size))
