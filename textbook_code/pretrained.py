@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from .weights import Rule, WeightError, invert, load_safetensors, rename, save_safetensors
+from .weights import Rule, WeightError, invert, load_safetensors, moved_into_place, rename, save_safetensors
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -134,8 +134,16 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
             theirs = json.loads(config_file.read_text("utf-8"))
         except ValueError as error:
             raise WeightError(f"{config_file}: not readable as JSON ({error})") from error
-        model = cls(cls.config_from_hf(theirs))
-        return model.load_hf_state_dict(_read_weights(folder)).eval()
+        if not isinstance(theirs, dict):
+            raise WeightError(f"{config_file}: expected a JSON object, got {type(theirs).__name__}")
+        model, state_dict = cls(cls.config_from_hf(theirs)), _read_weights(folder)
+        try:
+            return model.load_hf_state_dict(state_dict).eval()
+        except WeightError as error:
+            holds = ", ".join(theirs.get("architectures") or ["no architecture"])
+            raise WeightError(
+                f"{folder}: {cls.__name__} reads a {cls.hf_architecture}, {_CONFIG} names {holds}; {error}"
+            ) from error
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `config.json` and `model.safetensors` in the published format.
@@ -148,9 +156,8 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_safetensors(self.to_hf_state_dict(), folder / _WEIGHTS)
-        partial = folder / f".{_CONFIG}.partial"
-        partial.write_text(json.dumps(self.config_to_hf(), indent=2) + "\n", "utf-8")
-        partial.replace(folder / _CONFIG)
+        with moved_into_place(folder / _CONFIG) as partial:
+            partial.write_text(json.dumps(self.config_to_hf(), indent=2) + "\n", "utf-8")
         return folder
 
 

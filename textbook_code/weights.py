@@ -3,8 +3,10 @@
 Book: bert-weights
 """
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -150,12 +152,20 @@ def save_safetensors(state_dict: Mapping[str, Tensor], path: str | Path) -> None
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    with moved_into_place(Path(path)) as partial:
+        tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
+        save_file(tensors, partial, {"format": "pt"})
+
+
+@contextmanager
+def moved_into_place(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path`, which becomes `path` when the block has ended well.
+
+    Book: bert-weights
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in state_dict.items()}, partial, {"format": "pt"}
-        )
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -3,6 +3,9 @@
 Book: notation
 """
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -73,6 +76,20 @@ def expect_ids(name: str, ids: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{name}: expected a tensor of integer ids (int64 or int32), got {got}")
+
+
+def expect_sizes(config: Any) -> None:
+    """Raise unless every integer field of a config, a dataclass, is at least 1.
+
+    Raises:
+        ValueError: a size is zero or negative.
+
+    Book: notation
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int and value < 1:
+            raise ValueError(f"{field.name}: expected at least 1, got {value}")
 
 
 def expect_divides(name: str, divisor: int, of_name: str, of: int) -> None:

@@ -8,7 +8,7 @@ Book: bert-mlm
 import torch
 from torch import Tensor
 
-from textbook_code.layers.checks import expect_bool, expect_shape
+from textbook_code.layers.checks import expect_bool, expect_ids, expect_shape
 
 IGNORE = -100  # the target that torch's cross-entropy leaves out
 
@@ -41,14 +41,19 @@ def mask_tokens(
         chosen, −100 elsewhere.
 
     Raises:
-        TypeError: `special_mask` is not boolean.
-        ValueError: shapes differ, or `prob` is not between 0 and 1.
+        TypeError: the tokens are not integers, or `special_mask` is not boolean.
+        ValueError: shapes differ, `mask_id` is outside the vocabulary, or `prob` is not between 0 and 1.
 
     Book: bert-mlm
     """
     expect_shape("tokens", tokens, "B T")
+    expect_ids("tokens", tokens)
     expect_bool("special_mask", special_mask)
     expect_shape("special_mask", special_mask, "B T", B=tokens.size(0), T=tokens.size(1))
+    if not 0 <= mask_id < vocab_size:
+        raise ValueError(
+            f"mask_id: expected an id from 0 to {vocab_size - 1} (vocab_size - 1), got {mask_id}"
+        )
     if not 0 < prob <= 1:
         raise ValueError(f"prob: expected a share in (0, 1], got {prob}")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textbook_code.layers.attention import Attention
-from textbook_code.layers.checks import expect_bool, expect_shape
+from textbook_code.layers.checks import expect_bool, expect_shape, expect_sizes
 from textbook_code.layers.embeddings import TokenEmbedding
 from textbook_code.layers.feed_forward import FeedForward
 from textbook_code.layers.masks import key_mask
@@ -33,6 +33,9 @@ class BertConfig:
 
     The smaller sizes are those of Turc et al. (2019), and MiniLM's of Wang et al. (2020).
 
+    Raises:
+        ValueError: a size is not positive.
+
     Book: encoder-only
     """
 
@@ -45,6 +48,9 @@ class BertConfig:
     num_segments: int = 2
     norm_eps: float = 1e-12
     dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        expect_sizes(self)
 
     @classmethod
     def _sized(cls, num_layers: int, d_model: int, num_heads: int, **other: Any) -> Self:
@@ -286,10 +292,11 @@ class Bert(_BertPretrained, nn.Module):
         r"""Summarise a text by its first token: $\tanh(W h_{[\mathrm{CLS}]} + b)$, (B, T, D) → (B, D).
 
         Raises:
-            ValueError: the model was built without a pooler.
+            ValueError: the model was built without a pooler, or the shape does not fit.
 
         Book: bert-heads
         """
+        expect_shape("hidden", hidden, "B T D", D=self.config.d_model)
         if self.pooler is None:
             raise ValueError("pooler: this Bert was built with pooler=False")
         return self.pooler(hidden[:, 0]).tanh()
@@ -418,12 +425,21 @@ class _BertClassifier(_BertPretrained, nn.Module):
 
     @classmethod
     def from_encoder(cls, bert: Bert, num_classes: int) -> Self:
-        """Put a new, untrained head on a trained encoder, which is shared, not copied.
+        """Put a new, untrained head on a trained encoder, whose parts are shared, not copied.
+
+        Raises:
+            ValueError: the head needs a pooler and the encoder has none.
 
         Book: bert-finetune
         """
         model = cls(bert.config, num_classes)
-        model.bert = bert
+        model.classifier.to(bert.token_embed.weight)  # its dtype and device
+        for name, _ in model.bert.named_children():
+            if (part := getattr(bert, name)) is None:
+                raise ValueError(
+                    f"bert: expected an encoder with a {name} for {cls.__name__}, got one without"
+                )
+            setattr(model.bert, name, part)
         return model
 
     def load_hf_state_dict(self, state_dict: Any) -> Self:
