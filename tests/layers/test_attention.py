@@ -6,14 +6,16 @@ Sizes are different primes, so that a swapped axis cannot pass.
 from __future__ import annotations
 
 import math
+from functools import reduce
 from itertools import pairwise
+from operator import and_
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import parity_row
+from parity import Parity, loud_, parity_row
 from torch import Tensor, nn
 
 from textbook_code.layers.attention import Attention, attention, fused_attention
@@ -56,8 +58,6 @@ def make(
     d_model: int, num_heads: int, *, seed: int = 0, dtype: torch.dtype = torch.float64, **kw: int
 ) -> Attention:
     """An Attention with loud weights."""
-    from parity import loud_
-
     return loud_(Attention(d_model, num_heads, **kw), seed=seed).to(dtype).eval()  # type: ignore[return-value]
 
 
@@ -246,40 +246,42 @@ def from_torch(reference: nn.MultiheadAttention) -> Attention:
     return ours
 
 
-def parity_with_torch(parity, reference, x, context, masks, *, num_heads):
-    from parity import loud_
-
+def parity_with_torch(
+    parity: Parity,
+    reference: nn.MultiheadAttention,
+    x: Tensor,
+    context: Tensor | None,
+    masks: list[tuple[Tensor | None, Tensor | None]],
+) -> None:
+    """Compare under each (attn_mask, token_mask), by both of our paths; torch's True means forbidden."""
     reference = loud_(reference.double())
+    source = x if context is None else context
     for attn_mask, token_mask in masks:
-        ours_mask = None if attn_mask is None else attn_mask
-        if token_mask is not None:
-            ours_mask = key_mask(token_mask) if ours_mask is None else ours_mask & key_mask(token_mask)
+        parts = [
+            m for m in (attn_mask, None if token_mask is None else key_mask(token_mask)) if m is not None
+        ]
+        mask = reduce(and_, parts) if parts else None
+        forbidden = None if attn_mask is None else ~attn_mask
+        padding = None if token_mask is None else ~token_mask
+        for names in (("out", "weights"), ("out",)):
 
-        def ours(m, need_weights, mask=ours_mask):
-            out = m(x, context, attn_mask=mask, need_weights=need_weights)
-            return {"out": out[0], "weights": out[1]} if need_weights else {"out": out}
+            def ours(m: Attention, mask=mask, names=names) -> dict[str, Tensor]:
+                out = m(x, context, attn_mask=mask, need_weights="weights" in names)
+                return dict(zip(names, out if "weights" in names else (out,), strict=True))
 
-        def theirs(r, need_weights, attn_mask=attn_mask, token_mask=token_mask):
-            source = x if context is None else context
-            out, weights = r(
-                x,
-                source,
-                source,
-                attn_mask=None if attn_mask is None else ~attn_mask,  # torch's True = forbidden
-                key_padding_mask=None if token_mask is None else ~token_mask,
-                need_weights=need_weights,
-                average_attn_weights=False,
-            )
-            return {"out": out, "weights": weights} if need_weights else {"out": out}
+            def theirs(r: nn.MultiheadAttention, forbidden=forbidden, padding=padding, names=names):
+                both = r(
+                    x,
+                    source,
+                    source,
+                    attn_mask=forbidden,
+                    key_padding_mask=padding,
+                    need_weights="weights" in names,
+                    average_attn_weights=False,
+                )
+                return dict(zip(names, both, strict=False))
 
-        for need_weights in (True, False):
-            parity.check(
-                from_torch,
-                reference,
-                ours=lambda m, n=need_weights, f=ours: f(m, n),
-                theirs=lambda r, n=need_weights, f=theirs: f(r, n),
-                zero_gradient=[r"k_proj\.bias"],
-            )
+            parity.check(from_torch, reference, ours=ours, theirs=theirs, zero_gradient=[r"k_proj\.bias"])
 
 
 def token_masks(B: int, S: int) -> Tensor:
@@ -296,7 +298,7 @@ def test_multi_head(parity):
         (causal_mask(T), token_masks(B, T)),
     ]
     reference = nn.MultiheadAttention(D, H, batch_first=True)
-    parity_with_torch(parity, reference, randn(B, T, D, seed=1), None, masks, num_heads=H)
+    parity_with_torch(parity, reference, randn(B, T, D, seed=1), None, masks)
 
 
 @parity_row("attention", "cross", "torch.nn.MultiheadAttention", page="attention-cross")
@@ -304,7 +306,7 @@ def test_cross_attention(parity):
     B, T, S, D, H = 3, 7, 11, 35, 5
     reference = nn.MultiheadAttention(D, H, kdim=13, vdim=13, batch_first=True)
     masks = [(None, None), (None, token_masks(B, S))]
-    parity_with_torch(parity, reference, randn(B, T, D, seed=1), randn(B, S, 13, seed=2), masks, num_heads=H)
+    parity_with_torch(parity, reference, randn(B, T, D, seed=1), randn(B, S, 13, seed=2), masks)
 
 
 @both_modules
@@ -371,6 +373,21 @@ def test_with_a_causal_mask_the_future_leaves_the_past_bit_equal(sizes, seed, da
         )
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.equal(before[:, t], after[:, t])
+
+
+@both_modules
+def test_causality_and_padding_at_length(need_weights):
+    """Long enough for torch's kernel to work in blocks."""
+    T, t, padding = 263, 131, 61
+    attn = make(35, 5, dtype=torch.float32)
+    x = randn(2, T + padding, 35, seed=1, dtype=torch.float32)
+    before = run(attn, x[:, :T], need_weights=need_weights, attn_mask=causal_mask(T))
+    changed = torch.cat([x[:, :t], -x[:, t:T]], dim=1)
+    after = run(attn, changed, need_weights=need_weights, attn_mask=causal_mask(T))
+    assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(before[:, t:], after[:, t:])
+    mask = causal_mask(T + padding) & key_mask((torch.arange(T + padding) < T).expand(2, -1))
+    padded = run(attn, x, need_weights=need_weights, attn_mask=mask)
+    torch.testing.assert_close(padded[:, :T], before, atol=1e-5, rtol=1e-5)
 
 
 @given(sizes=primes, padding=st.integers(1, 9), seed=seeds)
