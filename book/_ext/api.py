@@ -131,7 +131,16 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any,
         lines[:] = to_rst(lines)
 
 
-# ---------------------------------------------------------------- names
+# ---------------------------------------------------------------- names and types
+
+
+def plain_types(app: Sphinx, what: str, name: str, *rest: Any) -> None:
+    """Show what ``Annotated`` annotates, without a command line's options, and no return of None."""
+    for types in app.env.temp_data.get("annotations", {}).values():
+        if types.get("return") in ("None", ":py:obj:`None`"):
+            del types["return"]
+        for key, text in types.items():
+            types[key] = re.sub(r"(?:~?typing\.)?Annotated\[([^<]*), ~?<.*>\]", r"\1", text)
 
 
 @cache
@@ -208,5 +217,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_directive("api", Api)
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-bases", public_bases)
+    app.connect("autodoc-process-signature", plain_types, priority=900)  # after autodoc has noted the types
     app.connect("missing-reference", unlinked, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from generated import Generated, table
+
 PACKAGE = "textbook_code"
 _BOOK_LINE = re.compile(r"^\s*Book:\s*(.+?)\s*$", re.MULTILINE)
 _LABEL = re.compile(r"^\(([a-z0-9][a-z0-9-]*)\)=\s*$", re.MULTILINE)
@@ -124,25 +126,26 @@ def _link(label: str, known: set[str]) -> str:
     return f"{{ref}}`{label}`" if label in known else f"`{label}`"
 
 
-def _object(item: Entry, role: str | None = None) -> str:
-    kind = {"module": "mod", "class": "class", "function": "func"}[item.kind]
-    shown = item.module if item.kind == "module" else f"~{item.qualified}"
-    return f"{{py:{kind}}}`{shown}`"
+def _object(item: Entry, shown: str = "") -> str:
+    role = {"module": "mod", "class": "class", "function": "func"}[item.kind]
+    if not shown:
+        return f"{{py:{role}}}`~{item.qualified}`"
+    return f"{{py:{role}}}`{shown}{'()' if item.kind == 'function' else ''} <{item.qualified}>`"
 
 
 def index_markdown(items: list[Entry], known: set[str]) -> str:
-    """One table a module: object → section."""
-    from generated import table
-
+    """A table for each room of the package (layers, models, …): object → section."""
+    rooms: dict[str, list[tuple[str, str]]] = {}
+    for item in items:
+        path = item.qualified.removeprefix(PACKAGE).lstrip(".")
+        room, _, rest = path.partition(".")
+        if not (room and (package_folder() / room).is_dir()):
+            room, rest = "", path
+        taught = " · ".join(_link(label, known) for label in item.labels) or "–"
+        rooms.setdefault(room, []).append((_object(item, rest or room or PACKAGE), taught))
     out = []
-    for module in dict.fromkeys(item.module for item in items):
-        group = [item for item in items if item.module == module]
-        rows = [
-            (_object(item), item.kind, " · ".join(_link(x, known) for x in item.labels) or "–")
-            for item in group
-        ]
-        heading = module.removeprefix(f"{PACKAGE}.")
-        out += [f"## `{heading}`", "", table(("Object", "Kind", "Taught in"), rows, (40, 14, 46)), ""]
+    for room, rows in rooms.items():
+        out += [f"## `{room or PACKAGE}`", "", table(("Object", "Taught in"), rows, (54, 46)), ""]
     return "\n".join(out)
 
 
@@ -163,8 +166,6 @@ def _sentence(text: str) -> str:
 
 
 def setup(app: Any) -> dict[str, Any]:
-    from generated import Generated
-
     class CodeIndex(Generated):
         """``{code-index}``"""
 

@@ -136,8 +136,12 @@ class Generated(SphinxDirective):
         holder = nodes.Element()
         holder.document = self.state.document
         lines = StringList(self.markdown().splitlines(), source=f"<{self.name}>")
+        page = self.state_machine.node  # sections go straight into it: put them behind what precedes them
+        before = len(page)
         self.state.nested_parse(lines, self.content_offset, holder, match_titles=True)
-        return holder.children
+        sections = page.children[before:]
+        del page.children[before:]
+        return holder.children + sections
 
 
 def digest(path: Path) -> str | None:

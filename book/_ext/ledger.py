@@ -108,17 +108,19 @@ def markdown(
         mark = " **above its tolerance**" if error is not None and not error <= tolerance else ""
         return f"{seen}{mark}\n\nallowed {scientific(tolerance)}"
 
-    def version(row: Mapping[str, Any]) -> str:
-        return (measured or {}).get(row["id"], {}).get("reference_version") or row["reference_version"]
+    def reference(row: Mapping[str, Any]) -> str:
+        package, _, name = row["reference"].rpartition(".")
+        version = (measured or {}).get(row["id"], {}).get("reference_version") or row["reference_version"]
+        return f"`{name}`\n\nof {package} {version}"
 
     def subject(row: Mapping[str, Any]) -> str:
-        text = f"**{row['model']}**, {row['head']}"
-        return f"{text}\n\n{{ref}}`where it is taught <{row['page']}>`" if link_pages else text
+        head = f"{{ref}}`{row['head']} <{row['page']}>`" if link_pages else row["head"]
+        return f"**{row['model']}**, {head}"
 
     cells = [
         (
             subject(row),
-            f"`{row['reference']}` {version(row)}",
+            reference(row),
             f"{row['weights']}, {row['dtype']}",
             side(row, "forward"),
             side(row, "backward"),
@@ -126,7 +128,7 @@ def markdown(
         for row in rows
     ]
     head = ("Model, head", "Reference", "Weights", "Forward error", "Gradient error")
-    return table(head, cells, (25, 27, 14, 17, 17), kind="ledger")
+    return table(head, cells, (22, 34, 12, 16, 16), kind="ledger")
 
 
 def choose(rows: list[dict[str, Any]], models: str | None) -> list[dict[str, Any]]:

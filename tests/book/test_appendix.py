@@ -187,6 +187,9 @@ def test_source_page_says_everything(tiny_book) -> None:
     used = text.split("Used by:")[1].split("Before you trust")[0]
     assert "Uses it" in used
     assert "Talks of it" not in used
+    order = ["Licence:", "Before you trust a number", "Ways to it", "Each file is checked"]
+    body = html[html.index("<h1>") :]
+    assert sorted(order, key=body.index) == order
     assert text.count("textbook-code fetch minilm") == 1
 
 
