@@ -1,0 +1,103 @@
+"""Mends for faults in the extensions and the theme that the book uses; each function says which."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+
+
+class ProofBodies(SphinxTransform):
+    """sphinx-proof wraps bodies in a ``section`` without a title, all with one id.
+
+    sphinx-codeautolink takes a title for every section and falls over; the page's table of contents and its ids
+    break too. A container is what was meant. A proof's first word gets its own element, to be styled.
+    """
+
+    default_priority = 600
+
+    def apply(self, **kwargs: Any) -> None:
+        for body in list(self.document.findall(nodes.section)):
+            if "proof-content" in body["ids"]:
+                body.replace_self(
+                    nodes.container("", *body.children, classes=[*body["classes"], "proof-content"])
+                )
+        for proof in self.document.findall(nodes.admonition):
+            if proof["ids"] == ["proof"]:
+                proof["ids"] = []
+                first = next(iter(proof.findall(nodes.Text)), None)
+                if first is not None and first.startswith("Proof. "):
+                    word = nodes.emphasis("", "Proof.", classes=["proof-word"])
+                    first.parent.replace(first, [word, nodes.Text(" " + first[7:])])
+
+
+def _whole_html_handlers(app: Sphinx) -> None:
+    """sphinx-proof registers some nodes for ``singlehtml`` alone, which hides the ``html`` ones there."""
+    handlers = app.registry.translation_handlers
+    handlers["singlehtml"] = {**handlers.get("html", {}), **handlers.get("singlehtml", {})}
+
+
+def _no_foreign_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Jupyter Book always loads sphinx-thebe, which fetches its kernels' code from the network; drop it.
+
+    A script that is set up twice declares its constants twice, an error in the console: keep the first.
+    """
+    seen: set[str] = set()
+    kept = []
+    for script in context.get("script_files", []):
+        name = str(getattr(script, "filename", None) or "")
+        body = (getattr(script, "attributes", None) or {}).get("body") or ""
+        if "thebe" in name or "thebe" in body.lower() or (body and body in seen):
+            continue
+        seen.add(body)
+        kept.append(script)
+    context["script_files"] = kept
+    context["css_files"] = [css for css in context.get("css_files", []) if "thebe" not in str(css.filename)]
+
+
+_MENDS = (
+    # Sphinx gives captions of the contents the role of a heading without its level
+    (re.compile(r'role="heading">'), 'role="heading" aria-level="2">'),
+)
+_REDIRECT = """<!DOCTYPE html>
+<html lang="{lang}">
+<head><meta charset="utf-8"><title>{title}</title><meta http-equiv="refresh" content="0; url={url}">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="canonical" href="{url}"></head>
+<body><p><a href="{url}">{title}</a></p></body>
+</html>
+"""
+
+
+def _mend_pages(app: Sphinx, exception: Exception | None) -> None:
+    """Faults in finished pages, and a proper page at the root (Jupyter Book writes a bare ``meta`` tag)."""
+    if exception is not None or app.builder.name != "html":
+        return
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text("utf-8")
+        new = text
+        for pattern, replacement in _MENDS:
+            new = pattern.sub(replacement, new)
+        if new != text:
+            part = page.with_suffix(".part")
+            part.write_text(new, "utf-8")
+            part.replace(page)
+    root = app.builder.get_target_uri(app.config.root_doc)
+    index = Path(app.outdir) / "index.html"
+    if root != "index.html":
+        part = index.with_suffix(".part")
+        part.write_text(
+            _REDIRECT.format(lang=app.config.language, title=app.config.project, url=root), "utf-8"
+        )
+        part.replace(index)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_transform(ProofBodies)
+    app.connect("builder-inited", _whole_html_handlers)
+    app.connect("html-page-context", _no_foreign_scripts, priority=990)
+    app.connect("build-finished", _mend_pages, priority=900)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
