@@ -408,3 +408,24 @@ def test_the_hub_gives_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kwargs: os.fspath(tmp_path))
     again = Bert.from_pretrained("owner/model")
     assert all(torch.equal(a, b) for a, b in zip(outputs(again), outputs(model), strict=True))
+
+
+def test_a_pre_training_checkpoint_serves_its_parts(tmp_path):
+    """As BERT was released: both heads in one file, and in the oldest, norms called gamma and beta."""
+    whole = tiny(BertForPreTraining)
+    whole.save_pretrained(tmp_path)
+    encoder, words = Bert.from_pretrained(tmp_path), BertForMaskedLM.from_pretrained(tmp_path)
+    hidden = whole.bert(TOKENS)
+    assert torch.equal(encoder(TOKENS), hidden) and torch.equal(encoder.pool(hidden), whole.bert.pool(hidden))
+    assert torch.equal(words(TOKENS), whole(TOKENS)[0])
+
+    state = load_safetensors(tmp_path / "model.safetensors")
+    greek = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for key, tensor in state.items()
+    }
+    assert greek.keys() != state.keys()
+    save_safetensors(greek, tmp_path / "model.safetensors")
+    for kind, expected in [(BertForPreTraining, whole), (Bert, encoder), (BertForMaskedLM, words)]:
+        pairs = zip(outputs(kind.from_pretrained(tmp_path)), outputs(expected), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
