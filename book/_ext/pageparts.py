@@ -5,16 +5,13 @@ takes, what it runs on, and links to its notebook and its PDF.
 
 ``{predict}``: a box *Predict, then run*, for the question that stands before the cell which answers it.
 
-``{quiz}``: one question and its options, each with its explanation::
+``{quiz}``: one question, as the argument or as the first paragraphs, and its options. An option's first line is
+what may be chosen, the rest explains it::
 
-    ```{quiz}
-    What does dividing by √d keep constant?
-
+    ```{quiz} What does dividing by √d keep constant?
     - [x] The variance of the scores.
-
       Each score is a sum of d products; its variance grows with d.
     - [ ] Their mean.
-
       The mean is zero with or without the factor.
     ```
 
@@ -106,11 +103,18 @@ class Quiz(SphinxDirective):
     """``{quiz}``"""
 
     has_content = True
+    optional_arguments = 1
+    final_argument_whitespace = True
     option_spec = {"name": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
         self.assert_has_content()
         parts = self.parse_content_to_nodes(allow_section_headings=False)
+        problems: list[nodes.Node] = []
+        if self.arguments:
+            asked, more = self.parse_inline(self.arguments[0], lineno=self.lineno)
+            parts.insert(0, nodes.paragraph("", "", *asked))
+            problems += more
         if len(parts) < 2 or not isinstance(parts[-1], nodes.bullet_list):
             raise self.error("quiz: expected a question, then a list of options")
         options = [self._option(item, letter) for item, letter in zip(parts[-1], "ABCDEFGH", strict=False)]
@@ -120,7 +124,7 @@ class Quiz(SphinxDirective):
             raise self.error("quiz: expected two options or more, of which at least one is right: - [x]")
         node = quiz("", nodes.container("", *parts[:-1], classes=["quiz-question"]), *options)
         self.add_name(node)
-        return [node]
+        return [node, *problems]
 
     def _option(self, item: nodes.Node, letter: str) -> quiz_option:
         assert isinstance(item, nodes.list_item)
@@ -128,11 +132,22 @@ class Quiz(SphinxDirective):
         mark = _MARK.match(first.astext()) if isinstance(first, nodes.paragraph) else None
         if mark is None or not isinstance(first, nodes.paragraph) or not isinstance(first[0], nodes.Text):
             raise self.error(f"quiz: expected option {letter} to begin with [ ] or [x], got {item.astext()[:40]!r}")
-        if len(item) < 2:
-            raise self.error(f"quiz: expected option {letter} to be explained, in a paragraph below it")
         first.replace(first[0], nodes.Text(_MARK.sub("", first[0])))
-        why = nodes.container("", *item.children[1:], classes=["quiz-why"])
-        return quiz_option("", first, why, letter=letter, right=mark[1] in "xX")
+        text, rest = _first_line(first)
+        why = nodes.container("", *rest, *item.children[1:], classes=["quiz-why"])
+        if not len(why):
+            raise self.error(f"quiz: expected option {letter} to be explained, in the lines below it")
+        return quiz_option("", text, why, letter=letter, right=mark[1] in "xX")
+
+
+def _first_line(paragraph: nodes.paragraph) -> tuple[nodes.paragraph, list[nodes.paragraph]]:
+    """A paragraph's first line, and what follows it as a paragraph of its own (none where nothing follows)."""
+    for i, child in enumerate(paragraph.children):
+        if isinstance(child, nodes.Text) and "\n" in child:
+            before, after = child.split("\n", 1)
+            text = nodes.paragraph("", "", *paragraph.children[:i], nodes.Text(before))
+            return text, [nodes.paragraph("", "", nodes.Text(after), *paragraph.children[i + 1 :])]
+    return paragraph, []
 
 
 class PageLinks(SphinxPostTransform):
