@@ -170,7 +170,7 @@ def setup(app: Any) -> dict[str, Any]:
         """``{code-index}``"""
 
         def reads(self) -> list[Path]:
-            return [package_folder()]
+            return [package_folder(), self.root / "book"]
 
         def markdown(self) -> str:
             return index_markdown(entries(package_folder()), set(book_labels(self.root / "book")))

@@ -40,6 +40,7 @@ PARTS = (
 )
 TABLE_CLASS = "generated"
 STYLE = "generated.css"
+SOURCES = (".json", ".md", ".py")
 
 
 def read_json(path: Path) -> Any:
@@ -145,9 +146,9 @@ class Generated(SphinxDirective):
 
 
 def digest(path: Path) -> str | None:
-    """The sha256 of a file, or of all Python files of a folder; None where there is nothing."""
+    """The sha256 of a file, or of all sources below a folder; None where there is nothing."""
     if path.is_dir():
-        files = sorted(path.rglob("*.py"))
+        files = sorted(file for file in path.rglob("*") if file.suffix in SOURCES)
         return hashlib.sha256("".join(f"{f}{digest(f)}" for f in files).encode()).hexdigest()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
@@ -216,7 +217,7 @@ def _visit_digest_text(self: Any, node: digest_node) -> None:
 
 
 class LabelledCells(SphinxPostTransform):
-    """Name each cell of a generated table by its column: on a phone a row is shown as a card."""
+    """Name each cell of a wide generated table by its column: on a phone a row is shown as a card."""
 
     default_priority = 900
     formats = ("html",)
@@ -227,10 +228,16 @@ class LabelledCells(SphinxPostTransform):
             if TABLE_CLASS not in tab["classes"] or not heads:
                 continue
             titles = [entry.astext() for entry in heads[-1].findall(nodes.entry)]
+            if len(titles) < 3:
+                continue
+            tab["classes"].append("cards")
             for row in next(tab.findall(nodes.tbody)).findall(nodes.row):
                 for title, entry in zip(titles, row.findall(nodes.entry), strict=True):
+                    if not entry.astext().strip():
+                        entry["classes"].append("empty")
+                        continue
                     label = nodes.inline("", title, classes=["cell-label"])
-                    first = entry.children[0] if entry.children else None
+                    first = entry.children[0]
                     if isinstance(first, nodes.paragraph):
                         first.insert(0, label)
                     else:

@@ -115,20 +115,19 @@ def markdown(
 
     def subject(row: Mapping[str, Any]) -> str:
         head = f"{{ref}}`{row['head']} <{row['page']}>`" if link_pages else row["head"]
-        return f"**{row['model']}**, {head}"
+        return f"**{row['model']}**, {head}\n\n{row['weights']} weights, {row['dtype']}"
 
     cells = [
         (
             subject(row),
             reference(row),
-            f"{row['weights']}, {row['dtype']}",
             side(row, "forward"),
             side(row, "backward"),
         )
         for row in rows
     ]
-    head = ("Model, head", "Reference", "Weights", "Forward error", "Gradient error")
-    return table(head, cells, (22, 34, 12, 16, 16), kind="ledger")
+    head = ("What is compared", "Reference", "Forward error", "Gradient error")
+    return table(head, cells, (28, 36, 18, 18), kind="ledger")
 
 
 def choose(rows: list[dict[str, Any]], models: str | None) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ class RecordedTable(Generated):
         return sorted(path.stem for path in (self.root / FOLDER).glob("*.json"))
 
     def reads(self) -> list[Path]:
-        return [self.root / FOLDER / f"{name}.json" for name in self._names()]
+        return [self.root / FOLDER]
 
     def markdown(self) -> str:
         return listing({name: load(self.root, name) for name in self._names()})

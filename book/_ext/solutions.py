@@ -133,7 +133,7 @@ class Solutions(Generated):
     """``{solutions}``"""
 
     def reads(self) -> list[Path]:
-        return [package_folder() / "exercises"]
+        return [package_folder() / "exercises", self.root / "book"]
 
     def markdown(self) -> str:
         from textbook_code.exercises import exercises

@@ -132,8 +132,7 @@ class SourceDirective(Generated):
     required_arguments = 1
 
     def reads(self) -> list[Path]:
-        pages = (self.root / "book").rglob("*.md")
-        return [package_folder() / "data", *(page for page in pages if page.parent.name != "appendix")]
+        return [package_folder() / "data", self.root / "book"]
 
     def markdown(self) -> str:
         name, sources = self.arguments[0], _all()

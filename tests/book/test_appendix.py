@@ -41,10 +41,10 @@ def test_table_refuses_a_ragged_row() -> None:
 
 
 def test_cells_are_named_for_the_phone(tiny_book) -> None:
-    table = generated.table(("Name", "Value"), [("`a`", ""), ("b", "1\n\n2")], (1, 1))
+    table = generated.table(("Name", "Value", "Unit"), [("`a`", "", "s"), ("b", "1\n\n2", "s")], (1, 1, 1))
     tiny_book.write({"index.md": f"# T\n\n{table}\n"})
     html = tiny_book.build().text("index.html")
-    assert html.count('<span class="cell-label">Value</span>') == 2
+    assert html.count('<span class="cell-label">Value</span>') == 1  # an empty cell needs no name
     assert html.count('<span class="cell-label">Name</span>') == 2
 
 
