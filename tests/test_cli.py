@@ -217,6 +217,7 @@ def test_doctor_names_what_is_missing_and_its_cure(run, monkeypatch: pytest.Monk
     assert "not installed" in found["tokenizers"] and 'pip install "tokenizers' in found["tokenizers"]
     assert "2.13.0, expected !=2.13.*" in found["torch"]
     assert 'lacks onnx (not installed)  →  pip install "textbook_code[deploy]"' in found["deploy"]
+    assert "all" not in found  # it would only repeat the others
     assert "apt-get install latexmk" in found["lualatex"]
     assert "apt-get install chromium" in found["chromium"]
 

