@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in ("_ext", "_tools"):
@@ -83,3 +90,35 @@ class TinyBook:
 @pytest.fixture
 def tiny_book(tmp_path: Path) -> TinyBook:
     return TinyBook(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def make_book() -> type[TinyBook]:
+    """For a book that several tests share: ``make_book(folder, extensions)``."""
+    return TinyBook
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
+def browser_path() -> str:
+    """The machine's browser: the one that CHROMIUM names, else the first on the path."""
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not found:
+        pytest.fail(
+            f"no browser: install Chromium or name one in CHROMIUM (looked for {', '.join(BROWSERS)})"
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def chromium(browser_path: str) -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield browser
+        browser.close()
