@@ -17,7 +17,7 @@ BERT = {
     "type_vocab_size": 3,
     "layer_norm_eps": 1e-2,
     "hidden_dropout_prob": 0.07,
-    "attention_probs_dropout_prob": 0.07,
+    "attention_probs_dropout_prob": 0.03,
     "initializer_range": 0.05,
 }
 

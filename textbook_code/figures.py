@@ -62,7 +62,13 @@ def use_style() -> None:
 
 
 def heatmap(
-    ax: "Axes", weights: Any, rows: Sequence[str], cols: Sequence[str], *, title: str = "", values: bool = False
+    ax: "Axes",
+    weights: Any,
+    rows: Sequence[str],
+    cols: Sequence[str],
+    *,
+    title: str = "",
+    values: bool = False,
 ) -> None:
     """Draw attention weights: one row for each query, one column for each key.
 
@@ -93,7 +99,8 @@ def heatmap(
         for i in range(T):
             for j in range(S):
                 shade = "white" if weights[i, j] > 0.55 else "#222222"
-                ax.text(j, i, f"{float(weights[i, j]):.2f}", ha="center", va="center", color=shade, fontsize=8)
+                text = f"{float(weights[i, j]):.2f}"
+                ax.text(j, i, text, ha="center", va="center", color=shade, fontsize=8)
 
 
 def glue(name: str, value: object) -> None:

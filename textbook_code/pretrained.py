@@ -61,6 +61,17 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
             raise WeightError(f"config: {cls.__name__} needs the fields {missing}, which are missing")
         return cls.config_class(**{ours: theirs[key] for ours, key in cls.hf_config.items()})
 
+    @classmethod
+    def from_hf_config(cls, theirs: Mapping[str, Any]) -> Self:
+        """A model of the size that a `config.json` asks for, with weights yet to come.
+
+        Raises:
+            WeightError: it describes another architecture, or lacks a field.
+
+        Book: bert-weights
+        """
+        return cls(cls.config_from_hf(theirs))
+
     def config_to_hf(self) -> dict[str, Any]:
         """Our config under the published names.
 
@@ -105,7 +116,7 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
 
         Book: bert-weights
         """
-        model = cls(cls.config_from_hf(hf_model.config.to_dict()))
+        model = cls.from_hf_config(hf_model.config.to_dict())
         return model.load_hf_state_dict(hf_model.state_dict()).eval()
 
     @classmethod
@@ -136,7 +147,7 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
             raise WeightError(f"{config_file}: not readable as JSON ({error})") from error
         if not isinstance(theirs, dict):
             raise WeightError(f"{config_file}: expected a JSON object, got {type(theirs).__name__}")
-        model, state_dict = cls(cls.config_from_hf(theirs)), _read_weights(folder)
+        model, state_dict = cls.from_hf_config(theirs), _read_weights(folder)
         try:
             return model.load_hf_state_dict(state_dict).eval()
         except WeightError as error:

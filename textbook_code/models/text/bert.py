@@ -9,6 +9,7 @@ Paper: Devlin et al. (2019). Reference: transformers.BertForPreTraining and its 
 Book: encoder-only
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -48,6 +49,7 @@ class BertConfig:
     num_segments: int = 2
     norm_eps: float = 1e-12
     dropout: float = 0.1
+    attn_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         expect_sizes(self)
@@ -102,7 +104,7 @@ class Block(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.attn = Attention(config.d_model, config.num_heads, dropout=config.dropout)
+        self.attn = Attention(config.d_model, config.num_heads, dropout=config.attn_dropout)
         self.attn_norm = LayerNorm(config.d_model, norm_eps=config.norm_eps)
         self.ffn = FeedForward(config.d_model, config.d_ff, activation="gelu")
         self.ffn_norm = LayerNorm(config.d_model, norm_eps=config.norm_eps)
@@ -179,6 +181,7 @@ class _BertPretrained(Pretrained):
         "num_segments": "type_vocab_size",
         "norm_eps": "layer_norm_eps",
         "dropout": "hidden_dropout_prob",
+        "attn_dropout": "attention_probs_dropout_prob",
     }
     hf_assumes: ClassVar[dict[str, Any]] = {
         "model_type": "bert",
@@ -186,19 +189,6 @@ class _BertPretrained(Pretrained):
         "position_embedding_type": "absolute",
         "is_decoder": False,
     }
-
-    @classmethod
-    def config_from_hf(cls, theirs: Any) -> BertConfig:
-        ours, attn_dropout = super().config_from_hf(theirs), theirs.get("attention_probs_dropout_prob")
-        if attn_dropout not in (None, ours.dropout):
-            raise ValueError(
-                f"config: expected one dropout for attention and hidden states, got "
-                f"attention_probs_dropout_prob = {attn_dropout} and hidden_dropout_prob = {ours.dropout}"
-            )
-        return ours
-
-    def config_to_hf(self) -> dict[str, Any]:
-        return {**super().config_to_hf(), "attention_probs_dropout_prob": self.config.dropout}
 
 
 class Bert(_BertPretrained, nn.Module):
@@ -442,11 +432,10 @@ class _BertClassifier(_BertPretrained, nn.Module):
             setattr(model.bert, name, part)
         return model
 
-    def load_hf_state_dict(self, state_dict: Any) -> Self:
-        """As in `Pretrained`; the number of classes is read off the published head."""
-        if (weight := state_dict.get("classifier.weight")) is not None:
-            self.classifier = nn.Linear(self.config.d_model, weight.size(0))
-        return super().load_hf_state_dict(state_dict)
+    @classmethod
+    def from_hf_config(cls, theirs: Mapping[str, Any]) -> Self:
+        """As in `Pretrained`, with as many classes as the published config names (2 if it names none)."""
+        return cls(cls.config_from_hf(theirs), num_classes=len(theirs.get("id2label", (0, 1))))
 
     def config_to_hf(self) -> dict[str, Any]:
         labels = {str(i): f"LABEL_{i}" for i in range(self.classifier.out_features)}
