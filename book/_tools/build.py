@@ -25,6 +25,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (this file may be started by an ol
 import ast
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,7 +111,11 @@ def sphinx(builder: str, *, with_pdf: bool) -> None:
     with timed(builder) as tell:
         tell("reading what changed and writing")
         command = [tool("jupyter-book"), "build", ".", "--builder", builder, "-W", "-n", "--keep-going"]
-        run(command, log=builder, env={"TEXTBOOK_CODE_PDF": "1" if with_pdf else "0"})
+        try:
+            run(command, log=builder, env={"TEXTBOOK_CODE_PDF": "1" if with_pdf else "0"})
+        except StepError:  # what was read with a warning must be read, and warn, again
+            (BUILD / ".doctrees" / "environment.pickle").unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -303,7 +308,7 @@ def run(command: Sequence[str], *, log: str = "", env: dict[str, str] | None = N
             command, cwd=ROOT, env=environment, check=False, stdout=file, stderr=subprocess.STDOUT
         ).returncode
     if status:
-        lines = path.read_text("utf-8", errors="replace").splitlines()
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text("utf-8", errors="replace")).splitlines()
         marked = [line for line in lines if "WARNING" in line or "ERROR" in line]
         raise StepError("\n".join([*(marked or lines[-40:]), *lines[-5:], f"the whole log: {path}"]))
 
