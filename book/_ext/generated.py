@@ -245,10 +245,8 @@ class LabelledCells(SphinxPostTransform):
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    here = Path(__file__).parent
     for part in PARTS:
-        if (here / f"{part}.py").exists():
-            app.setup_extension(part)
+        app.setup_extension(part)
     app.add_role("digest", DigestRole())
     app.add_node(
         digest_node,

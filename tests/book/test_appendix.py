@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import benchmark_table
 import codeindex
 import execution
 import generated
@@ -160,6 +161,53 @@ def test_recorded_refuses_an_incomplete_record(tmp_path: Path, field: str) -> No
 def test_no_experiment_is_said(tiny_book) -> None:
     tiny_book.write({"index.md": "# T\n\n```{recorded-table}\n```\n"})
     assert "No experiment has been recorded yet" in tiny_book.build().text("index.html")
+
+
+# ---------------------------------------------------------------- benchmarks
+
+ROW = {"what": "BERT, forward", "peer": "transformers", "ratio": 1.1, "low": 1.05, "high": 1.15}
+RESULTS = {
+    "command": "make bench",
+    "date": "2025-01-02",
+    "machine": "A processor",
+    "versions": {"torch": "2.14.1"},
+    "rows": [
+        {**ROW, "ours_seconds": 0.0123456, "peer_seconds": 0.0136, "memory_ratio": 0.98},
+        {**ROW, "what": "BERT, training step", "ratio": 0.99, "low": 0.98, "high": 1.0},
+    ],
+    "other": [{"what": "import textbook_code", "value": "12 ms"}],
+}
+
+
+def test_benchmarks(tiny_book) -> None:
+    tiny_book.write({"index.md": "# T\n\n```{benchmarks}\n```\n"})
+    assert "No benchmark has been recorded yet" in tiny_book.build().text("index.html")
+    tiny_book.write({"benchmarks/results.json": json.dumps(RESULTS)})
+    built = tiny_book.build()
+    assert built.warnings == []
+    text = plain(built.text("index.html"))
+    for expected in (
+        "1.05 to 1.15",
+        "12.3 ms",
+        "mean of the ratios is 1.04",
+        "A processor",
+        "12 ms",
+        "torch 2.14.1",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({**RESULTS, "machine": ""}, "machine is missing"),
+        ({**RESULTS, "rows": [{**ROW, "high": 1.0}]}, "outside its interval"),
+        ({**RESULTS, "rows": [{"what": "BERT"}]}, "peer is missing"),
+    ],
+)
+def test_benchmarks_refuse(results: dict, message: str) -> None:
+    with pytest.raises(benchmark_table.BenchmarkError, match=message):
+        benchmark_table.markdown(results)
 
 
 # ---------------------------------------------------------------- sources
