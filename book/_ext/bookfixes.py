@@ -35,6 +35,22 @@ class ProofBodies(SphinxTransform):
                     first.parent.replace(first, [word, nodes.Text(" " + first[7:])])
 
 
+def _leave_excerpts_alone() -> None:
+    """sphinx-codeautolink reads a page's code as one program; an excerpt of a file is no part of it, nor valid alone."""
+    from sphinx_codeautolink.extension.block import CodeBlockAnalyser
+
+    visit = CodeBlockAnalyser.visit_literal_block
+    if getattr(visit, "passes_over_excerpts", False):
+        return
+
+    def visit_literal_block(self: CodeBlockAnalyser, node: nodes.literal_block) -> None:
+        if "source" not in node:  # set by literalinclude
+            visit(self, node)
+
+    visit_literal_block.passes_over_excerpts = True  # type: ignore[attr-defined]
+    CodeBlockAnalyser.visit_literal_block = visit_literal_block
+
+
 def _whole_html_handlers(app: Sphinx) -> None:
     """sphinx-proof registers some nodes for ``singlehtml`` alone, which hides the ``html`` ones there."""
     handlers = app.registry.translation_handlers
@@ -96,6 +112,7 @@ def _mend_pages(app: Sphinx, exception: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    _leave_excerpts_alone()
     app.add_transform(ProofBodies)
     app.connect("builder-inited", _whole_html_handlers)
     app.connect("html-page-context", _no_foreign_scripts, priority=990)

@@ -3,15 +3,17 @@
 Sphinx writes a manual; this makes a book of it. The tree is arranged into front matter, parts and chapters as the
 table of contents has them; every number (chapter, figure, table, listing, equation, theorem) is the HTML's own
 number, written out, so the two can never differ; admonitions and theorems become coloured boxes; notebook cells
-get an input and an output style; each page of the HTML leaves a named destination, by which ``page_pdfs``
-finds its pages again. How it all looks is the business of ``_latex/book.sty.inc``.
+get an input and an output style; the pages on which each document begins and ends are written beside the PDF, for
+``page_pdfs`` to cut it. How it all looks is the business of ``_latex/book.sty.inc``.
 """
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from docutils import nodes
 from sphinx import addnodes
@@ -24,9 +26,7 @@ from sphinx.writers.latex import LaTeXTranslator
 
 LOOK = Path(__file__).resolve().parents[1] / "_latex"
 FILES = ("preamble.inc", "titlepage.inc")
-HIDDEN = {"tag_hide-cell", "tag_remove-cell", "tag_hide-input", "tag_hide-output", "html-only"}
-DESTINATION = "page:"  # + docname; see book/_tools/page_pdfs.py
-ENDING = "page-end:"
+HIDDEN = {"tag_hide-cell", "tag_remove-cell", "tag_hide-input", "tag_hide-output", "hero-buttons", "html-only"}
 _ENGINE = {
     "papersize": "a4paper",
     "pointsize": "11pt",
@@ -78,8 +78,9 @@ def _facts(app: Sphinx, builder: LaTeXBuilder) -> str:
         "bookurl": getattr(config, "book_url", ""),
         "bookengines": _engines(),
     }
-    lines = [rf"\newcommand{{\{name}}}{{{escape(text, 'lualatex')}}}" for name, text in facts.items()]
-    return "\n".join(lines)
+    lines = [rf"\newcommand*{{\{name}}}{{{escape(text, 'lualatex')}}}" for name, text in facts.items()]
+    title = escape(config.project, "lualatex").replace(", ", r",\\ ", 1)
+    return "\n".join([*lines, rf"\newcommand*{{\booktitlelines}}{{{title}}}"])
 
 
 def _version() -> str:
@@ -90,12 +91,10 @@ def _version() -> str:
 
 
 def _engines() -> str:
-    found = []
-    for name, package in (("Python", None), ("PyTorch", "torch"), ("NumPy", "numpy")):
+    found = [f"Python {platform.python_version()}"]
+    for name, package in (("PyTorch", "torch"), ("NumPy", "numpy")):
         try:
-            import platform
-
-            found.append(f"{name} {metadata.version(package) if package else platform.python_version()}")
+            found.append(f"{name} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
@@ -119,13 +118,9 @@ class Arrange(SphinxPostTransform):
         root = self.app.config.root_doc
         if self.document.get("docname", "") != root:
             return
-        top = cast(nodes.section, self.document[0])
+        top = next(n for n in self.document.children if isinstance(n, nodes.section))
         captions = [n.get("caption") for n in self.env.get_doctree(root).findall(addnodes.toctree)]
-        wrappers = [
-            n
-            for n in top.findall(nodes.compound)
-            if "toctree-wrapper" in n["classes"] and _file_of(n) in (None, root)
-        ]
+        wrappers = list(_own_toctrees(top))
         parts: list[nodes.Node] = []
         for caption, wrapper in zip(captions, wrappers, strict=True):
             wrapper.parent.remove(wrapper)
@@ -168,14 +163,15 @@ def _remove(cell: nodes.Element, part: str) -> None:
             node.parent.remove(node)
 
 
-def _file_of(node: nodes.Node) -> str | None:
-    """The page that a node of the assembled tree comes from."""
-    parent = node.parent
-    while parent is not None:
-        if isinstance(parent, addnodes.start_of_file):
-            return cast(str, parent["docname"])
-        parent = parent.parent
-    return None
+def _own_toctrees(node: nodes.Element) -> Iterator[nodes.Element]:
+    """The contents that a page itself holds, not those of the pages below it."""
+    for child in node.children:
+        if not isinstance(child, nodes.Element) or isinstance(child, addnodes.start_of_file):
+            continue
+        if "toctree-wrapper" in child.get("classes", ()):
+            yield child
+        else:
+            yield from _own_toctrees(child)
 
 
 class book_part(nodes.Element):  # noqa: N801 - node classes are lower case in docutils
@@ -200,17 +196,19 @@ class BookTranslator(LaTeXTranslator):
         self.body.append(f"\n\\{command}{{{self.encode(node['caption'])}}}\n")
         raise nodes.SkipNode
 
-    def _page_mark(self, docname: str, mark: str) -> None:
-        name = "book_page" if mark == DESTINATION else "book_page_end"
-        self.body.append(f"\n\\{name.replace('_', '')}{{{self.idescape(docname)}}}\n")
+    def _mark(self, command: str, docname: str) -> None:
+        self.body.append(f"\n\\{command}{{{docname}}}\n")
 
     def visit_book_page(self, node: nodes.Element) -> None:
-        self._page_mark(node["docname"], DESTINATION)
+        self._mark("bookpage", node["docname"])
         raise nodes.SkipNode
 
     def visit_book_page_end(self, node: nodes.Element) -> None:
-        self._page_mark(node["docname"], ENDING)
+        self._mark("bookpageend", node["docname"])
         raise nodes.SkipNode
+
+    def _is_chapter(self) -> bool:
+        return self.sectionlevel == self.top_sectionlevel - 1  # else its page lies inside another one's chapter
 
     def visit_start_of_file(self, node: nodes.Element) -> None:
         super().visit_start_of_file(node)
@@ -220,10 +218,12 @@ class BookTranslator(LaTeXTranslator):
             self.body.append(f"\n\\booknumbered{{{number[0] - 1}}}\n")
         elif not number:
             self.body.append("\n\\bookunnumbered\n")
-        self._page_mark(docname, DESTINATION)
+        if self._is_chapter():
+            self._mark("bookpage", docname)
 
     def depart_start_of_file(self, node: nodes.Element) -> None:
-        self._page_mark(node["docname"], ENDING)
+        if self._is_chapter():
+            self._mark("bookpageend", node["docname"])
         super().depart_start_of_file(node)
 
     # ---- the HTML's numbers
@@ -276,10 +276,17 @@ class BookTranslator(LaTeXTranslator):
             )
         raise nodes.SkipNode
 
-    # ---- cells
+    # ---- cells, cards, the head of a page
 
     def visit_container(self, node: nodes.Element) -> None:
         classes = node["classes"]
+        if "page-head" in classes:
+            self.body.append("\n\\begin{bookhead}\n")
+        elif "sd-card" in classes:
+            titles = [n for n in node.findall(nodes.container) if "sd-card-title" in n["classes"]]
+            self.body.append(f"\n\\begin{{bookcard}}{{{self.encode(titles[0].astext()) if titles else ''}}}\n")
+        elif "sd-card-title" in classes:
+            raise nodes.SkipNode
         if node.get("literal_block"):
             self._announce("literalblock", self._number("code-block", node))
         if "cell_input" in classes:
@@ -291,6 +298,10 @@ class BookTranslator(LaTeXTranslator):
 
     def depart_container(self, node: nodes.Element) -> None:
         classes = node["classes"]
+        if "page-head" in classes:
+            self.body.append("\n\\end{bookhead}\n")
+        elif "sd-card" in classes:
+            self.body.append("\n\\end{bookcard}\n")
         if "cell_input" in classes:
             self.body.append("\n\\end{bookinput}")
         elif "cell_output" in classes:
@@ -298,7 +309,39 @@ class BookTranslator(LaTeXTranslator):
         elif "stderr" in classes or "traceback" in classes:
             self.body.append("\n\\end{bookerror}")
 
+    def visit_paragraph(self, node: nodes.Element) -> None:
+        if "promise" in node["classes"]:
+            self.body.append("\n\\bookpromise{")
+        else:
+            super().visit_paragraph(node)
+
+    def depart_paragraph(self, node: nodes.Element) -> None:
+        if "promise" in node["classes"]:
+            self.body.append("}\n")
+        else:
+            super().depart_paragraph(node)
+
+    def visit_bullet_list(self, node: nodes.Element) -> None:
+        if "page-facts" in node["classes"]:
+            self.body.append("\n\\begin{bookfacts}")
+            for item in node.children:
+                self.body.append(f"\\bookfact{{{self.encode(item.astext())}}}")
+            self.body.append("\\end{bookfacts}\n")
+            raise nodes.SkipNode
+        super().visit_bullet_list(node)
+
     # ---- boxes
+
+    def own_labels(self, node: nodes.Element) -> str:
+        """Labels for a node's ids, but for those that a target before it has written already."""
+        written: set[str] = set()
+        before = node.parent.index(node) - 1
+        while before >= 0 and isinstance(node.parent[before], nodes.target):
+            target = node.parent[before]
+            written |= {target.get("refid", ""), *target["ids"]}
+            before -= 1
+        ids = [i for i in node["ids"] if i not in written]
+        return r"\phantomsection" + "".join(self.hypertarget(i, anchor=False) for i in ids) if ids else ""
 
     def _take_title(self, node: nodes.Element) -> str:
         title = next((n for n in node.children if isinstance(n, nodes.title)), None)
@@ -370,9 +413,6 @@ class BookTranslator(LaTeXTranslator):
         self.close_box()
 
     # ---- small matters
-
-    def visit_title(self, node: nodes.Element) -> None:
-        super().visit_title(node)
 
     def visit_transition(self, node: nodes.Element) -> None:
         self.body.append("\n\\booktransition\n")

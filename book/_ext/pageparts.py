@@ -28,6 +28,7 @@ from typing import Any
 from citation import pdf_link
 from docutils import nodes
 from docutils.parsers.rst import directives
+from notebooks import has_notebook
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -162,7 +163,7 @@ class PageLinks(SphinxPostTransform):
             if self.app.builder.format == "html":
                 here = self.app.builder.get_target_uri(docname)
                 notebook = NOTEBOOK.format(docname=docname)
-                if "notebooks" in self.app.extensions:
+                if "notebooks" in self.app.extensions and has_notebook(self.app, docname):
                     links.append(("Download the notebook", relative_uri(here, notebook)))
                 pdf = pdf_link(self.app, docname)
                 if pdf:
@@ -215,7 +216,7 @@ def _run_of(node: quiz) -> list[quiz]:
 
 def _visit_quiz_latex(self: Any, node: quiz) -> None:
     number = len(_run_of(node))
-    labels = self.hypertarget_to(node, anchor=True) if node["ids"] else ""
+    labels = self.own_labels(node)
     self.open_box("quiz", f"Question {number}", labels)
     node[0].walkabout(self)
     self.body.append("\n\\begin{bookoptions}\n")
