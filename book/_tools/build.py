@@ -96,8 +96,8 @@ def pages() -> None:
     """Execute the pages whose cells or inputs changed."""
     from execute import Book, PagesFailedError
 
+    data(named_in_pages())
     book = Book(ROOT)
-    data({name for page in book.pages for name in page.data})
     with timed("pages") as tell:
         try:
             ran = book.execute(say=tell)
@@ -243,6 +243,13 @@ def named_in_tests() -> set[str]:
     return names
 
 
+def named_in_pages() -> set[str]:
+    """The sources of data or weights that the pages name."""
+    from execute import Book
+
+    return {name for page in Book(ROOT).pages for name in page.data}
+
+
 def lint() -> None:
     """Style, types, spelling, and numbers typed by hand; all of them, before the first is mended."""
     checks = {
@@ -380,6 +387,10 @@ def main(arguments: Sequence[str]) -> int:
         ),
         "experiment": lambda: experiment(rest),
         "clean": clean,
+        # steps by themselves, for the checks on a clean machine
+        "environment": lambda: None,
+        "fetch": lambda: data(named_in_tests() | named_in_pages()),
+        "pages": pages,
     }
     if command not in commands:
         print(__doc__)

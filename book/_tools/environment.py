@@ -124,8 +124,9 @@ def ensure_latex() -> bool:
 
 
 def browser() -> str | None:
-    """The path of a Chromium, if there is one."""
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    """The browser that CHROMIUM names, else the first on the path."""
+    named = os.environ.get("CHROMIUM")
+    return named or next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
 def ensure_browser() -> str | None:

@@ -1,0 +1,163 @@
+"""The stages of `.ci/run`, each with a cap on its time, in a clean clone and a fresh environment.
+
+A stage that fails does not hide the next ones: those that need nothing from it still run. The closing table
+shows every stage with its time; the exit status is 0 only if all passed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from console import duration, say
+from environment import ROOT, Environment, ensure_browser, ensure_latex
+
+PYTHON = str(Environment().python)
+MAKE = ["make", "--no-print-directory", f"PYTHON={sys.executable}"]
+CHECK_WHEEL = """
+import sys, textbook_code
+file = textbook_code.__file__
+assert "site-packages" in file and file.startswith(sys.prefix), f"the checkout was imported: {file}"
+print(file)
+"""
+
+
+@dataclass
+class Stage:
+    """One stage: a command, or a function that returns its commands once it is its turn.
+
+    `minutes` is its cap; `needs` are the stages without which it makes no sense.
+    """
+
+    name: str
+    minutes: float
+    commands: Callable[[], list[list[str]]]
+    needs: tuple[str, ...] = ()
+    outcome: str = "not run"
+    seconds: float = 0.0
+    closing: list[str] = field(default_factory=list)
+
+
+def build(*arguments: str) -> list[str]:
+    return [PYTHON, "book/_tools/build.py", *arguments]
+
+
+def system() -> list[list[str]]:
+    """LaTeX and a browser come from the system; here they may be installed."""
+    missing = [
+        name for name, there in (("LaTeX", ensure_latex()), ("Chromium", ensure_browser())) if not there
+    ]
+    return [[sys.executable, "-c", f"import sys; sys.exit({f'missing: {missing}'!r})"]] if missing else []
+
+
+def one_slow_test() -> list[list[str]]:
+    """One slow test a day, each in its turn."""
+    command = [PYTHON, "-m", "pytest", "-m", "slow", "--collect-only", "-q"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    tests = sorted(line for line in listed.stdout.splitlines() if "::" in line and not line.startswith(" "))
+    if not tests:
+        return [[sys.executable, "-c", f"import sys; sys.exit({listed.stdout!r} + 'no slow test found')"]]
+    chosen = tests[datetime.now(UTC).timetuple().tm_yday % len(tests)]
+    say(f"today's of {len(tests)}: {chosen}", step="slow test")
+    return [[PYTHON, "-m", "pytest", "-m", "slow", chosen]]
+
+
+STAGES = [
+    Stage("system", 6, system),
+    Stage("install", 10, lambda: [build("environment"), [PYTHON, "-c", CHECK_WHEEL]]),
+    Stage("lint", 2, lambda: [build("lint")], needs=("install",)),
+    Stage("fetch", 2, lambda: [build("fetch")], needs=("install",)),
+    Stage("tests", 12, lambda: [[*MAKE, "test"]], needs=("install", "fetch")),
+    Stage("pages", 17, lambda: [build("pages")], needs=("install", "fetch")),
+    Stage("book", 11, lambda: [[*MAKE, "book"]], needs=("pages", "system")),
+    Stage("browser", 6, lambda: [[PYTHON, "-m", "pytest", "-m", "browser"]], needs=("book", "system")),
+    Stage("slow test", 6, one_slow_test, needs=("install", "fetch")),
+]
+
+
+def run(stage: Stage) -> None:
+    """Run a stage under its cap, showing its output."""
+    start = time.monotonic()
+    stage.outcome = "passed"
+    for command in stage.commands():
+        say(" ".join(command)[:160], step=stage.name)
+        left = stage.minutes * 60 - (time.monotonic() - start)
+        status = _capped(command, left, stage.closing)
+        if status is None:
+            stage.outcome = f"over {stage.minutes:g} min"
+        elif status:
+            stage.outcome = f"failed ({status})"
+        if status != 0:
+            break
+    stage.seconds = time.monotonic() - start
+
+
+def _capped(command: list[str], seconds: float, closing: list[str]) -> int | None:
+    """The exit status, or None where the time was up; whatever the command started ends with it."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+
+    def end(number: int = 0, frame: object = None) -> None:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("=") and " in " in line:
+                closing.append(line.strip())  # pytest's own closing line
+        return process.wait()
+    except TimeoutError:
+        process.wait()
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main() -> int:
+    started = time.monotonic()
+    passed: set[str] = set()
+    for stage in STAGES:
+        print(f"\n──── {stage.name} (at most {stage.minutes:g} min)", flush=True)
+        if missing := [name for name in stage.needs if name not in passed]:
+            stage.outcome = f"needs {', '.join(missing)}"
+            say(stage.outcome, step=stage.name)
+            continue
+        run(stage)
+        if stage.outcome == "passed":
+            passed.add(stage.name)
+        say(f"{stage.outcome} in {duration(stage.seconds)}", step=stage.name)
+
+    print("\n──── summary")
+    for stage in STAGES:
+        print(
+            f"{stage.name:>12} | {stage.outcome:<24} {duration(stage.seconds):>14}  of {stage.minutes:g} min"
+        )
+        for line in stage.closing:
+            print(f"{'':>12} | {line}")
+    print(f"{'total':>12} | {duration(time.monotonic() - started)}")
+    return 0 if len(passed) == len(STAGES) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
