@@ -128,7 +128,7 @@ def to_rst(lines: list[str]) -> list[str]:
 
 def process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     if name.split(".")[0] == PACKAGE:
-        lines[:] = to_rst(lines)
+        lines[:] = to_rst([line for line in lines if line != "\f"])  # where a command's help ends
 
 
 # ---------------------------------------------------------------- names and types
