@@ -115,7 +115,10 @@ def check(name: str, answer: Any) -> Verdict:
 
 
 def find(name: str) -> Exercise:
-    """The exercise called `name`; KeyError, with the close names, when there is none."""
+    """The exercise called `name`; KeyError, with the close names, when there is none.
+
+    Book: exercises-how
+    """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, expected a str such as 'attention/scale'")
     page = name.partition("/")[0].replace("-", "_")
@@ -130,7 +133,10 @@ def find(name: str) -> Exercise:
 
 
 def exercises(page: str | None = None) -> Iterator[Exercise]:
-    """Every exercise, page by page, or those of one page ('encoder-only')."""
+    """Every exercise, page by page, or those of one page ('encoder-only').
+
+    Book: exercises-how
+    """
     wanted = page.replace("-", "_") if page is not None else None
     if wanted is not None and wanted not in _pages():
         names = ", ".join(module.replace("_", "-") for module in _pages())
@@ -144,6 +150,8 @@ def evaluate(exercise: Exercise, source: str) -> Any:
     """Run `source` in a namespace of its own and return the object the exercise asks for.
 
     Raises: NameError when the source does not define it; whatever the source itself raises.
+
+    Book: exercises-how
     """
     namespace: dict[str, Any] = {"__name__": exercise.name}
     exec(compile(source, f"<{exercise.name}>", "exec"), namespace)

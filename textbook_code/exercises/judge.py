@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 def number_problem(got: Any, expected: float, what: str, *, rel: float = 1e-6) -> str | None:
-    """None when `got` is the number expected, to a relative `rel`."""
+    """None when `got` is the number expected, to a relative `rel`.
+
+    Book: exercises-how
+    """
     value = as_number(got)
     if value is None:
         return f"{what}: got {_brief(got)}, expected a number."
@@ -24,7 +27,10 @@ def number_problem(got: Any, expected: float, what: str, *, rel: float = 1e-6) -
 
 
 def vector_problem(got: Any, expected: Sequence[float], what: str, *, tol: float = 1e-3) -> str | None:
-    """None when `got` holds the numbers expected, each to within `tol`."""
+    """None when `got` holds the numbers expected, each to within `tol`.
+
+    Book: exercises-how
+    """
     values = as_numbers(got)
     if values is None:
         return f"{what}: expected {len(expected)} numbers, got {_brief(got)}."
@@ -37,7 +43,10 @@ def vector_problem(got: Any, expected: Sequence[float], what: str, *, tol: float
 
 
 def tensor_problem(got: Any, expected: Tensor, what: str, *, tol: float = 1e-5) -> str | None:
-    """None when `got` is the tensor expected: its shape, its kind of dtype, its values to within `tol`."""
+    """None when `got` is the tensor expected: its shape, its kind of dtype, its values to within `tol`.
+
+    Book: exercises-how
+    """
     if not isinstance(got, Tensor):
         return f"{what}: expected a tensor, got {_brief(got)}."
     if got.shape != expected.shape:
@@ -57,7 +66,10 @@ def tensor_problem(got: Any, expected: Tensor, what: str, *, tol: float = 1e-5) 
 
 
 def as_number(value: Any) -> float | None:
-    """`value` as a float, or None when it is no number (neither is a bool or a text)."""
+    """`value` as a float, or None when it is no number (neither is a bool or a text).
+
+    Book: exercises-how
+    """
     if isinstance(value, bool | str):
         return None
     try:
@@ -67,7 +79,10 @@ def as_number(value: Any) -> float | None:
 
 
 def as_numbers(values: Any) -> list[float] | None:
-    """`values` as floats, or None when it is not a sequence of numbers."""
+    """`values` as floats, or None when it is not a sequence of numbers.
+
+    Book: exercises-how
+    """
     try:
         numbers = [as_number(value) for value in values]
     except TypeError:
