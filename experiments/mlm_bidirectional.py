@@ -21,7 +21,7 @@ from textbook_code.training.objectives import IGNORE, mask_tokens
 
 ABOUT = (
     "A two-layer BERT learns to fill in masked characters of Shakespeare, once seeing both sides of a gap "
-    "and once only what stands before it; everything else is equal, and the loss is measured on plays held out."
+    "and once only what stands before it; everything else is equal, and the loss is that on plays held out."
 )
 CONFIG = {
     "seeds": [0, 1, 2],
