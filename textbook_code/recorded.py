@@ -131,13 +131,19 @@ class Log:
 
 
 def folder() -> Path:
-    """Where the experiments are: in the wheel beside the modules, else in the checkout."""
+    """Where the experiments are: in the wheel beside the modules, else in the checkout.
+
+    Book: recorded-experiments
+    """
     shipped = _PACKAGE / "_experiments"
     return shipped if shipped.is_dir() else _PACKAGE.parent / "experiments"
 
 
 def names() -> list[str]:
-    """The experiments there are."""
+    """The experiments there are.
+
+    Book: recorded-experiments
+    """
     return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
 
 
@@ -162,6 +168,8 @@ def experiment(name: str) -> ModuleType:
     """The module of experiment `name`, loaded from its file.
 
     Raises: RecordError when there is none or when one of its parts is missing.
+
+    Book: recorded-experiments
     """
     path = folder() / f"{name}.py"
     if name not in names():
@@ -223,6 +231,8 @@ def save(recorded: Recorded) -> Path:
     """Write the record beside its experiment.
 
     Raises: RecordError in an installed package, which has nowhere to keep one.
+
+    Book: recorded-experiments
     """
     if folder().parent == _PACKAGE:
         raise RecordError("run: an experiment is recorded in a checkout; an installed package can replay it")
@@ -276,7 +286,10 @@ def differences(old: Recorded, new: Recorded) -> list[str]:
 
 
 def source_hashes(path: Path) -> dict[str, str]:
-    """The sha256 of a file and of every module of this package that it imports, also indirectly."""
+    """The sha256 of a file and of every module of this package that it imports, also indirectly.
+
+    Book: recorded-experiments
+    """
     found: dict[Path, None] = {}
     queue = [path.resolve()]
     while queue:
@@ -314,7 +327,10 @@ def _imported(source: Path) -> Iterator[Path]:
 
 
 def machine() -> str:
-    """This machine's processor in words."""
+    """This machine's processor in words.
+
+    Book: recorded-experiments
+    """
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file() and (
@@ -325,7 +341,10 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide the numbers."""
+    """Of Python and of the libraries that decide the numbers.
+
+    Book: recorded-experiments
+    """
     return {"python": platform.python_version()} | {
         name: _version(name) for name in ("torch", "numpy", "scikit-learn", "tokenizers", "textbook_code")
     }
@@ -406,7 +425,10 @@ def _progress(arms: list[str], done: Mapping[str, Any], quiet: bool) -> Iterator
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; see the module's own words."""
+    """The command line; see the module's own words.
+
+    Book: recorded-experiments
+    """
     parser = argparse.ArgumentParser(
         prog="python -m textbook_code.recorded", description="Recorded experiments."
     )
