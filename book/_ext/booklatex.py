@@ -4,7 +4,7 @@ Sphinx writes a manual; this makes a book of it. The tree is arranged into front
 table of contents has them; every number (chapter, figure, table, listing, equation, theorem) is the HTML's own
 number, written out, so the two can never differ; admonitions and theorems become coloured boxes; notebook cells
 get an input and an output style; the pages on which each document begins and ends are written beside the PDF, for
-``page_pdfs`` to cut it. How it all looks is the business of ``_latex/book.sty.inc``.
+``page_pdfs`` to cut it. How it all looks is the business of ``_latex/preamble.inc``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from sphinx.writers.latex import LaTeXTranslator
 
 LOOK = Path(__file__).resolve().parents[1] / "_latex"
 FILES = ("preamble.inc", "titlepage.inc")
-HIDDEN = {"tag_hide-cell", "tag_remove-cell", "tag_hide-input", "tag_hide-output", "hero-buttons", "html-only"}
+HIDDEN = {
+    "tag_hide-cell",
+    "tag_remove-cell",
+    "tag_hide-input",
+    "tag_hide-output",
+    "hero-buttons",
+    "html-only",
+}
 _ENGINE = {
     "papersize": "a4paper",
     "pointsize": "11pt",
@@ -208,7 +215,9 @@ class BookTranslator(LaTeXTranslator):
         raise nodes.SkipNode
 
     def _is_chapter(self) -> bool:
-        return self.sectionlevel == self.top_sectionlevel - 1  # else its page lies inside another one's chapter
+        return (
+            self.sectionlevel == self.top_sectionlevel - 1
+        )  # else its page lies inside another one's chapter
 
     def visit_start_of_file(self, node: nodes.Element) -> None:
         super().visit_start_of_file(node)
@@ -284,7 +293,9 @@ class BookTranslator(LaTeXTranslator):
             self.body.append("\n\\begin{bookhead}\n")
         elif "sd-card" in classes:
             titles = [n for n in node.findall(nodes.container) if "sd-card-title" in n["classes"]]
-            self.body.append(f"\n\\begin{{bookcard}}{{{self.encode(titles[0].astext()) if titles else ''}}}\n")
+            self.body.append(
+                f"\n\\begin{{bookcard}}{{{self.encode(titles[0].astext()) if titles else ''}}}\n"
+            )
         elif "sd-card-title" in classes:
             raise nodes.SkipNode
         if node.get("literal_block"):
@@ -368,9 +379,7 @@ class BookTranslator(LaTeXTranslator):
             self.body.append("\n\\begin{bookproof}\n")
             return
         kinds = [c for c in node["classes"] if c in BOXES]
-        self.open_box(
-            kinds[0] if kinds else "note", self._take_title(node), self.hypertarget_to(node, anchor=True)
-        )
+        self.open_box(kinds[0] if kinds else "note", self._take_title(node), self.own_labels(node))
 
     def depart_admonition(self, node: nodes.Element) -> None:
         if _is_proof(node):
@@ -427,7 +436,7 @@ BOXES = frozenset(
         "attention", "caution", "danger", "error", "hint", "important", "note", "tip", "warning", "seealso",
         "theorem", "lemma", "proposition", "corollary", "definition", "axiom", "conjecture", "property",
         "observation", "assumption", "remark", "example", "algorithm", "notation", "criterion",
-        "predict", "quiz", "exercise", "solution", "recorded", "page-code", "published", "cite", "pagehead", "answers",
+        "predict", "quiz", "exercise", "exercise-card", "solution", "recorded", "page-code", "published", "cite", "pagehead", "answers",
     }
 )  # fmt: skip
 

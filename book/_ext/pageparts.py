@@ -63,7 +63,9 @@ class PageHead(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         missing = [name for name in ("promise", "minutes", "runs-on") if name not in self.options]
         if missing:
-            raise self.error(f"page-head: expected the options promise, minutes and runs-on; missing: {missing}")
+            raise self.error(
+                f"page-head: expected the options promise, minutes and runs-on; missing: {missing}"
+            )
         promise, problems = self.parse_inline(self.options["promise"], lineno=self.lineno)
         runs_on, more = self.parse_inline(self.options["runs-on"], lineno=self.lineno)
         facts = nodes.bullet_list(
@@ -132,7 +134,9 @@ class Quiz(SphinxDirective):
         first = item[0] if len(item) else None
         mark = _MARK.match(first.astext()) if isinstance(first, nodes.paragraph) else None
         if mark is None or not isinstance(first, nodes.paragraph) or not isinstance(first[0], nodes.Text):
-            raise self.error(f"quiz: expected option {letter} to begin with [ ] or [x], got {item.astext()[:40]!r}")
+            raise self.error(
+                f"quiz: expected option {letter} to begin with [ ] or [x], got {item.astext()[:40]!r}"
+            )
         first.replace(first[0], nodes.Text(_MARK.sub("", first[0])))
         text, rest = _first_line(first)
         why = nodes.container("", *rest, *item.children[1:], classes=["quiz-why"])
@@ -198,7 +202,9 @@ def _visit_option_html(self: HTML5Translator, node: quiz_option) -> None:
 
 
 def _is_last(node: quiz) -> bool:
-    following = node.next_node(descend=False, siblings=True, condition=lambda n: not isinstance(n, nodes.target))
+    following = node.next_node(
+        descend=False, siblings=True, condition=lambda n: not isinstance(n, nodes.target)
+    )
     return not isinstance(following, quiz)
 
 
@@ -263,9 +269,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
         latex=(_visit_quiz_latex, None),
         text=(_visit_quiz_text, _visit_quiz_text),
     )
-    app.add_node(
-        quiz_option, html=(_visit_option_html, None), text=(_visit_quiz_text, _visit_quiz_text)
-    )
+    app.add_node(quiz_option, html=(_visit_option_html, None), text=(_visit_quiz_text, _visit_quiz_text))
     app.add_directive("page-head", PageHead)
     app.add_directive("predict", Predict)
     app.add_directive("quiz", Quiz)

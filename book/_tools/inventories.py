@@ -120,7 +120,10 @@ def torch_rows() -> Rows:
 
     import torch
 
-    rows: Rows = {"torch": ("module", "torch.html#module-torch"), "torch.nn": ("module", "nn.html#module-torch.nn")}
+    rows: Rows = {
+        "torch": ("module", "torch.html#module-torch"),
+        "torch.nn": ("module", "nn.html#module-torch.nn"),
+    }
     for module in TORCH_MODULES:
         for name, thing in _public(module):
             role, full = _role(thing), f"{module}.{name}"
@@ -133,7 +136,11 @@ def torch_rows() -> Rows:
     rows["torch.optim.Optimizer"] = ("class", "optim.html#torch.optim.Optimizer")
     rows.update(_methods(torch.Tensor, "torch.Tensor", page))
     for name in ("Module", "Parameter"):
-        place = "generated/torch.nn.Module.html" if name == "Module" else "generated/torch.nn.parameter.Parameter.html"
+        place = (
+            "generated/torch.nn.Module.html"
+            if name == "Module"
+            else "generated/torch.nn.parameter.Parameter.html"
+        )
         rows.update(_methods(getattr(torch.nn, name), f"torch.nn.{name}", lambda f, p=place: f"{p}#{f}"))  # type: ignore
     return rows
 
