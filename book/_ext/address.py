@@ -1,8 +1,8 @@
 """The two addresses a book may have, and all that hangs on them.
 
-``book_url`` is where the HTML is served, ``repository_url`` where its sources are kept. Both are optional: where
-one is empty, whatever needs it is left out, so that no page names a place that does not exist.
-With ``book_url``: canonical links, ``sitemap.xml`` and the cards that other sites show for a link (Open Graph).
+``book_url`` is where the HTML is served, ``repository_url`` where its sources are kept. Both are optional:
+where one is empty, whatever needs it is left out, so that no page names a place that does not exist. With
+``book_url``: canonical links, ``sitemap.xml`` and the cards that other sites show for a link (Open Graph).
 With ``repository_url``: the theme's repository and issue buttons.
 """
 

@@ -14,8 +14,8 @@ from sphinx.transforms import SphinxTransform
 class ProofBodies(SphinxTransform):
     """sphinx-proof wraps bodies in a ``section`` without a title, all with one id.
 
-    sphinx-codeautolink takes a title for every section and falls over; the page's table of contents and its ids
-    break too. A container is what was meant. A proof's first word gets its own element, to be styled.
+    sphinx-codeautolink takes a title for every section and falls over; the page's table of contents and its
+    ids break too. A container is what was meant. A proof's first word gets its own element, to be styled.
     """
 
     default_priority = 600
@@ -36,7 +36,7 @@ class ProofBodies(SphinxTransform):
 
 
 def _leave_excerpts_alone() -> None:
-    """sphinx-codeautolink reads a page's code as one program; an excerpt of a file is no part of it, nor valid alone."""
+    """sphinx-codeautolink reads a page's code as one program; an excerpt of a file is no part of it."""
     from sphinx_codeautolink.extension.block import CodeBlockAnalyser
 
     visit = CodeBlockAnalyser.visit_literal_block

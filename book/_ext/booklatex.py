@@ -1,10 +1,11 @@
 """LaTeX fit for a printed book.
 
-Sphinx writes a manual; this makes a book of it. The tree is arranged into front matter, parts and chapters as the
-table of contents has them; every number (chapter, figure, table, listing, equation, theorem) is the HTML's own
-number, written out, so the two can never differ; admonitions and theorems become coloured boxes; notebook cells
-get an input and an output style; the pages on which each document begins and ends are written beside the PDF, for
-``page_pdfs`` to cut it. How it all looks is the business of ``_latex/preamble.inc``.
+Sphinx writes a manual; this makes a book of it. The tree is arranged into front matter, parts and chapters
+as the table of contents has them; every number (chapter, figure, table, listing, equation, theorem) is the
+HTML's own number, written out, so the two can never differ; admonitions and theorems become coloured boxes;
+notebook cells get an input and an output style; the pages on which each document begins and ends are
+written beside the PDF, for ``page_pdfs`` to cut it. How it all looks is the business of
+``_latex/preamble.inc``.
 """
 
 from __future__ import annotations
@@ -433,10 +434,11 @@ def _is_proof(node: nodes.Element) -> bool:
 
 BOXES = frozenset(
     {
-        "attention", "caution", "danger", "error", "hint", "important", "note", "tip", "warning", "seealso",
-        "theorem", "lemma", "proposition", "corollary", "definition", "axiom", "conjecture", "property",
-        "observation", "assumption", "remark", "example", "algorithm", "notation", "criterion",
-        "predict", "quiz", "exercise", "exercise-card", "solution", "recorded", "page-code", "published", "cite", "pagehead", "answers",
+        "attention", "caution", "danger", "error", "hint", "important", "note", "tip", "warning",
+        "seealso", "theorem", "lemma", "proposition", "corollary", "definition", "axiom", "conjecture",
+        "property", "observation", "assumption", "remark", "example", "algorithm", "notation",
+        "criterion", "predict", "quiz", "exercise", "exercise-card", "solution", "recorded", "page-code",
+        "published", "cite", "pagehead", "answers",
     }
 )  # fmt: skip
 

@@ -1,9 +1,10 @@
 """How to cite: a box on every page of the book's parts, and the same facts for machines.
 
-The book's facts come from ``CITATION.cff``, a page's title and number from Sphinx. Each cited page carries a box
-with a sentence and a BibTeX entry, Highwire tags (read by reference managers) and JSON-LD (schema.org). The authors
-are a group, so BibTeX gets them in double braces and JSON-LD as an organisation. Addresses appear only where the
-book has one (``book_url``); the link to the page's own PDF only where one is made (``page_pdfs``).
+The book's facts come from ``CITATION.cff``, a page's title and number from Sphinx. Each cited page carries
+a box with a sentence and a BibTeX entry, Highwire tags (read by reference managers) and JSON-LD
+(schema.org). The authors are a group, so BibTeX gets them in double braces and JSON-LD as an organisation.
+Addresses appear only where the book has one (``book_url``); the link to the page's own PDF only where one
+is made (``page_pdfs``).
 """
 
 from __future__ import annotations
@@ -67,11 +68,9 @@ class Page:
     @property
     def sentence(self) -> str:
         """The reference as one would write it at the end of an article."""
-        chapter = f", chapter {self.number}" if self.number else ""
-        return (
-            f"{', '.join(self.book.authors)} ({self.book.year}). “{self.title}”. In: {self.book.title}{chapter}, "
-            f"version {self.book.version}."
-        )
+        place = self.book.title + (f", chapter {self.number}" if self.number else "")
+        authors = ", ".join(self.book.authors)
+        return f"{authors} ({self.book.year}). “{self.title}”. In: {place}, version {self.book.version}."
 
     @property
     def bibtex(self) -> str:

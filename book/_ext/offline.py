@@ -1,7 +1,7 @@
 """MathJax from an installed package instead of somebody's server.
 
-The package ``django-static-mathjax`` is MathJax's own release in a wheel. The one script that the pages load and
-its fonts are copied into the HTML; nothing of it is committed.
+The package ``django-static-mathjax`` is MathJax's own release in a wheel. The one script that the pages
+load and its fonts are copied into the HTML; nothing of it is committed.
 """
 
 from __future__ import annotations

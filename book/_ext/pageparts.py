@@ -1,12 +1,12 @@
 """The parts that every page of the book has: its head, its boxes to predict in, its quiz.
 
-``{page-head}`` (options ``promise``, ``minutes``, ``runs-on``): the promise in one line, then how long the page
-takes, what it runs on, and links to its notebook and its PDF.
+``{page-head}`` (options ``promise``, ``minutes``, ``runs-on``): the promise in one line, then how long the
+page takes, what it runs on, and links to its notebook and its PDF.
 
 ``{predict}``: a box *Predict, then run*, for the question that stands before the cell which answers it.
 
-``{quiz}``: one question, as the argument or as the first paragraphs, and its options. An option's first line is
-what may be chosen, the rest explains it::
+``{quiz}``: one question, as the argument or as the first paragraphs, and its options. An option's first
+line is what may be chosen, the rest explains it::
 
     ```{quiz} What does dividing by √d keep constant?
     - [x] The variance of the scores.
@@ -15,15 +15,15 @@ what may be chosen, the rest explains it::
       The mean is zero with or without the factor.
     ```
 
-On a screen each option is folded over its explanation (``details``, so that the keyboard opens it); on paper the
-answers stand after the last of the questions that follow one another.
+On a screen each option is folded over its explanation (``details``, so that the keyboard opens it); on
+paper the answers stand after the last of the questions that follow one another.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from citation import pdf_link
 from docutils import nodes
@@ -57,8 +57,11 @@ class PageHead(SphinxDirective):
     """``{page-head}``"""
 
     has_content = False
-    option_spec = {"promise": directives.unchanged_required, "minutes": directives.positive_int,
-                   "runs-on": directives.unchanged_required}  # fmt: skip
+    option_spec: ClassVar[dict[str, Any]] = {
+        "promise": directives.unchanged_required,
+        "minutes": directives.positive_int,
+        "runs-on": directives.unchanged_required,
+    }
 
     def run(self) -> list[nodes.Node]:
         missing = [name for name in ("promise", "minutes", "runs-on") if name not in self.options]
@@ -108,7 +111,7 @@ class Quiz(SphinxDirective):
     has_content = True
     optional_arguments = 1
     final_argument_whitespace = True
-    option_spec = {"name": directives.unchanged}
+    option_spec: ClassVar[dict[str, Any]] = {"name": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
         self.assert_has_content()
@@ -146,7 +149,7 @@ class Quiz(SphinxDirective):
 
 
 def _first_line(paragraph: nodes.paragraph) -> tuple[nodes.paragraph, list[nodes.paragraph]]:
-    """A paragraph's first line, and what follows it as a paragraph of its own (none where nothing follows)."""
+    """A paragraph's first line, and what follows it as a paragraph of its own, if anything does."""
     for i, child in enumerate(paragraph.children):
         if isinstance(child, nodes.Text) and "\n" in child:
             before, after = child.split("\n", 1)

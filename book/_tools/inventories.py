@@ -4,8 +4,8 @@ The book is built without a network, so the lists of names that its code links t
 
     python book/_tools/inventories.py
 
-writes ``book/_inv/{python,numpy,torch}.inv``. Only names that the projects document are listed, with the address
-that their documentation gives to them.
+writes ``book/_inv/{python,numpy,torch}.inv``. Only names that the projects document are listed, with the
+address that their documentation gives to them.
 """
 
 from __future__ import annotations
@@ -21,20 +21,24 @@ OUT = Path(__file__).resolve().parents[1] / "_inv"
 Rows = dict[str, tuple[str, str]]  # name -> (role, address)
 
 PYTHON_MODULES = (
-    "abc", "argparse", "collections", "collections.abc", "contextlib", "copy", "csv", "dataclasses", "datetime",
-    "enum", "functools", "hashlib", "heapq", "inspect", "io", "itertools", "json", "math", "operator", "os", "os.path",
-    "pathlib", "random", "re", "shutil", "statistics", "string", "subprocess", "sys", "tempfile", "textwrap", "time",
-    "timeit", "types", "typing", "unicodedata", "urllib.parse", "warnings", "zipfile",
+    "abc", "argparse", "collections", "collections.abc", "contextlib", "copy", "csv", "dataclasses",
+    "datetime", "enum", "functools", "hashlib", "heapq", "inspect", "io", "itertools", "json", "math",
+    "operator", "os", "os.path", "pathlib", "random", "re", "shutil", "statistics", "string",
+    "subprocess", "sys", "tempfile", "textwrap", "time", "timeit", "types", "typing", "unicodedata",
+    "urllib.parse", "warnings", "zipfile",
 )  # fmt: skip
-STDTYPES = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "memoryview", "range",
-            "set", "slice", "str", "tuple")  # fmt: skip
+STDTYPES = (
+    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "memoryview",
+    "range", "set", "slice", "str", "tuple",
+)  # fmt: skip
 NUMPY_MODULES = ("numpy", "numpy.linalg", "numpy.fft", "numpy.testing")
 TORCH_MODULES = (
     "torch", "torch.nn", "torch.nn.functional", "torch.nn.init", "torch.nn.utils", "torch.optim",
     "torch.optim.lr_scheduler", "torch.linalg", "torch.autograd", "torch.nn.attention",
 )  # fmt: skip
-TORCH_PAGES = {"torch.Tensor": "tensors.html", "torch.dtype": "tensor_attributes.html",
-               "torch.device": "tensor_attributes.html", "torch.layout": "tensor_attributes.html"}  # fmt: skip
+TORCH_PAGES = {"torch.Tensor": "tensors.html"} | dict.fromkeys(
+    ("torch.dtype", "torch.device", "torch.layout"), "tensor_attributes.html"
+)
 
 
 def _public(module_name: str) -> Iterator[tuple[str, object]]:

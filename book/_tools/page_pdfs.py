@@ -2,9 +2,9 @@
 
     python book/_tools/page_pdfs.py _build/latex/NAME.pdf _build/html
 
-LaTeX writes beside the PDF on which of its pages each document begins and ends (``NAME.pages``, see booklatex.py).
-Each document goes to ``_pdf/<docname>.pdf`` of the HTML's folder, the whole book to ``_pdf/NAME.pdf``. A cut keeps
-the bookmarks and links that lead to its own pages.
+LaTeX writes beside the PDF on which of its pages each document begins and ends (``NAME.pages``, see
+booklatex.py). Each document goes to ``_pdf/<docname>.pdf`` of the HTML's folder, the whole book to
+``_pdf/NAME.pdf``. A cut keeps the bookmarks and links that lead to its own pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def read_pages(path: Path, count: int) -> dict[str, range]:
     """Document -> its pages, counted from 0, from the lines ``first N name`` and ``last N name``.
 
     Raises:
-        PagesError: no such file, a line of another form, a document without both ends, or pages that the PDF of
+        PagesError: no such file, a line of another form, a document without both ends, or pages that the
+        PDF of
             ``count`` pages does not have.
     """
     try:
