@@ -54,6 +54,7 @@ class TinyBook:
 
     root: Path
     extensions: tuple[str, ...] = ("generated",)
+    conf: str = ""  # more settings
 
     def write(self, files: dict[str, str]) -> None:
         for name, text in files.items():
@@ -68,7 +69,7 @@ class TinyBook:
         conf = _CONF.format(
             extensions=", ".join(map(repr, self.extensions)), static=str(ROOT / "book" / "_static")
         )
-        self.write({"conf.py": conf, "references.bib": _BIB})
+        self.write({"conf.py": conf + self.conf, "references.bib": _BIB})
         out = self.root / "_build" / builder
         warnings = io.StringIO()
         with patch_docutils(str(self.root)), docutils_namespace():
