@@ -30,6 +30,7 @@ from sphinx.writers.latex import LaTeXTranslator
 PARTS = (
     "api",
     "benchmark_table",
+    "bibliography",
     "codeindex",
     "execution",
     "ledger",

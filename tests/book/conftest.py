@@ -33,7 +33,8 @@ exclude_patterns = ["_build"]
 """
 _BIB = """
 @inproceedings{devlin2019bert, author = {Devlin, Jacob and Chang, Ming-Wei}, title = {{BERT}}, year = {2019},
-  booktitle = {NAACL}}
+  booktitle = {NAACL}, eprint = {1810.04805}, archivePrefix = {arXiv},
+  url = {https://arxiv.org/abs/1810.04805}}
 """
 
 

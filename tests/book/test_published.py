@@ -50,6 +50,20 @@ def test_role_prints_figure_and_citation(tiny_book) -> None:
     assert "Last sentence. The abstract." in html
 
 
+def test_bibliography_has_plain_entries_that_are_linked(tiny_book) -> None:
+    page = "# Page\n\n{cite:p}`devlin2019bert`.\n\n```{bibliography}\n:style: book\n```\n"
+    tiny_book.write({"index.md": page, "book/published.yml": ENTRY})
+    built = tiny_book.build()
+    assert built.warnings == []
+    html = built.text("index.html")
+    target = re.search(r'<a class="reference internal" href="#([^"]+)"[^>]*>', html)
+    assert target
+    entry = html[html.index('class="bib-entry') :]
+    assert f'id="{target[1]}"' in html
+    assert entry.count("arxiv.org/abs/1810.04805") == 1  # not once as URL and once as number
+    assert "doc-biblioentry" not in html
+
+
 def test_role_refuses_an_unknown_key(tiny_book) -> None:
     page = "# Page\n\n{published}`bert-squad`\n\n```{bibliography}\n```\n"
     tiny_book.write({"index.md": page, "book/published.yml": ENTRY})
