@@ -8,6 +8,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.transforms import SphinxTransform
 
 
@@ -49,6 +50,39 @@ def _leave_excerpts_alone() -> None:
 
     visit_literal_block.passes_over_excerpts = True  # type: ignore[attr-defined]
     CodeBlockAnalyser.visit_literal_block = visit_literal_block
+
+
+class CodeLinks:
+    """sphinx-codeautolink links only the pages that were read in this very run, and by this builder.
+
+    A page that another builder has read, or that is written anew without being read, loses the links in its code. So
+    the code of every page is analysed before writing, and the pages to link are those that were written.
+    """
+
+    def __init__(self) -> None:
+        self.written: set[str] = set()
+
+    def _linker(self, app: Sphinx) -> Any:
+        for listener in app.events.listeners.get("build-finished", ()):
+            owner = getattr(listener.handler, "__self__", None)
+            if type(owner).__name__ == "SphinxCodeAutoLink" and not owner.do_nothing:
+                return owner
+        return None
+
+    def analyse(self, app: Sphinx, env: BuildEnvironment) -> None:
+        linker = self._linker(app)
+        if linker is not None:
+            for docname in env.found_docs - set(linker.cache.transforms):
+                linker.parse_blocks(app, env.get_doctree(docname))
+
+    def note(self, app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+        if doctree is not None:
+            self.written.add(page)
+
+    def choose(self, app: Sphinx, exception: Exception | None) -> None:
+        linker = self._linker(app)
+        if linker is not None:
+            linker.outdated_docs = {str(Path(page)) for page in self.written}
 
 
 def _whole_html_handlers(app: Sphinx) -> None:
@@ -113,6 +147,10 @@ def _mend_pages(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     _leave_excerpts_alone()
+    links = CodeLinks()
+    app.connect("env-updated", links.analyse, priority=100)  # before the linker's own, at 500
+    app.connect("html-page-context", links.note)
+    app.connect("build-finished", links.choose, priority=100)
     app.add_transform(ProofBodies)
     app.connect("builder-inited", _whole_html_handlers)
     app.connect("html-page-context", _no_foreign_scripts, priority=990)

@@ -179,7 +179,7 @@ class PageLinks(SphinxPostTransform):
 
 
 def _link(text: str, uri: str) -> nodes.list_item:
-    reference = nodes.reference("", text, refuri=uri, internal=True, classes=["page-link"])
+    reference = nodes.reference("", text, refuri=uri, internal=True, classes=["page-download"])
     return nodes.list_item("", nodes.paragraph("", "", reference))
 
 
