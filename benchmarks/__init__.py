@@ -1,0 +1,1 @@
+"""Our code beside the implementations that people use in earnest: `make bench`."""

@@ -1,0 +1,213 @@
+"""`make bench`: times ours beside the peers and writes `_build/bench.json`.
+
+python -m benchmarks             all of it
+python -m benchmarks --record    … and keep it as benchmarks/results.json, which the book shows
+python -m benchmarks --only bert --rounds 7
+python -m benchmarks --cold      also clone the repository and time `make book` there, cold and unchanged
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET_EACH, TARGET_MEAN = 0.95, 1.0
+ABOUT = (
+    "Sizes are those of MiniLM: six layers, width 384, twelve heads. A training step runs with the published "
+    "dropout and ends in a step of plain gradient descent. `torch.nn.TransformerEncoder` has no embeddings, "
+    "heads or pre-trained weights: it runs behind our embeddings. In evaluation it takes a fused path, one "
+    "call for a whole layer, which gives no access to the attention weights."
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=25, help="rounds of each comparison (25)")
+    parser.add_argument("--only", default="", help="just the comparisons whose name contains this")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results.json too")
+    parser.add_argument("--cold", action="store_true", help="time make book in a fresh clone (half an hour)")
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "WHO"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(1)
+    if options.memory_of:
+        return memory_of(int(options.memory_of[0]), options.memory_of[1])
+
+    from rich.console import Console
+
+    from textbook_code.recorded import machine, versions
+
+    console = Console()
+    results = {
+        "command": "make bench",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions() | {"transformers": _version("transformers")},
+        "about": ABOUT,
+        "rows": compare(options.rounds, options.only, console),
+        "other": other(options.cold, console),
+    }
+    show(results, console)
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    for path in [ROOT / "_build" / "bench.json", *([ROOT / "benchmarks" / "results.json"] * options.record)]:
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+        console.print(f"written: {path.relative_to(ROOT)}")
+    return 0
+
+
+def compare(rounds: int, only: str, console: Console) -> list[dict[str, Any]]:
+    """One row for each case and peer: the ratio with its interval, the times, the memory."""
+    import statistics
+
+    import torch
+    from rich.progress import Progress
+
+    from benchmarks.measure import interleaved, peak_memory, ratio
+    from benchmarks.subjects import CASES, OURS, PEERS, TORCH, TRANSFORMERS, build
+
+    rows = []
+    cases = [(i, case) for i, case in enumerate(CASES) if only.lower() in case.what.lower()]
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(cases) * rounds)
+        for index, case in cases:
+            progress.update(bar, description=case.what)
+            built = {who: build(case, who) for who in (OURS, TRANSFORMERS, TORCH)}
+            for who, (_, output) in built.items():
+                torch.testing.assert_close(
+                    output, built[OURS][1], rtol=1e-4, atol=1e-4, msg=f"{case.what}: {who}"
+                )
+            works = {who: work for who, (work, _) in built.items()}
+            seconds = interleaved(works, rounds, lambda: progress.advance(bar))
+            memory = {who: peak_memory([str(index), who]) for who in works}
+            for who in (TRANSFORMERS, TORCH):
+                middle, low, high = ratio(seconds[OURS], seconds[who])
+                rows.append(
+                    {
+                        "what": case.what,
+                        "peer": PEERS[case.model, who],
+                        "ratio": round(middle, 4),
+                        "low": round(low, 4),
+                        "high": round(high, 4),
+                        "ours_seconds": round(statistics.median(seconds[OURS]), 6),
+                        "peer_seconds": round(statistics.median(seconds[who]), 6),
+                        "memory_ratio": _quotient(memory[OURS], memory[who]),
+                        "ours_bytes": memory[OURS],
+                        "peer_bytes": memory[who],
+                    }
+                )
+    return rows
+
+
+def other(cold: bool, console: Console) -> list[dict[str, str]]:
+    """The import, the weight of the built pages, and on request the time of `make book`."""
+    from benchmarks.measure import import_time, page_weights
+
+    seconds = import_time("textbook_code")
+    out = [{"what": "import textbook_code, beyond Python's own start", "value": f"{1000 * seconds:.2g} ms"}]
+    pages, shared = page_weights(ROOT / "_build" / "html")
+    if pages:
+        page = max(pages, key=pages.__getitem__)
+        out.append({"what": "HTML pages built", "value": str(len(pages))})
+        out.append(
+            {"what": "heaviest page, without pictures", "value": f"{pages[page] / 1e6:.2f} MB ({page})"}
+        )
+        out.append({"what": "styles and scripts that all pages share", "value": f"{shared / 1e6:.2f} MB"})
+    if cold:
+        out += book_times(console)
+    return out
+
+
+def book_times(console: Console) -> list[dict[str, str]]:
+    """Wall time of `make book` in a fresh clone with an empty data cache, and once more without a change."""
+    out = []
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Path(folder) / "book"
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        env = {
+            k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "VIRTUAL_ENV", "PYTHONPATH")
+        }
+        env["TEXTBOOK_CODE_CACHE"] = str(Path(folder) / "cache")
+        for what in ("make book, fresh clone and empty data cache", "make book, nothing changed"):
+            console.print(f"{what} …")
+            started = time.perf_counter()
+            done = subprocess.run(
+                ["make", "book"], cwd=clone, env=env, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise RuntimeError(f"make book failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+            out.append({"what": what, "value": f"{time.perf_counter() - started:.1f} s"})
+    return out
+
+
+def memory_of(index: int, who: str) -> int:
+    """In a process of its own: build one subject and print the bytes of its peak."""
+    from benchmarks.measure import own_peak
+    from benchmarks.subjects import CASES, build
+
+    work, _ = build(CASES[index], who)
+    print(own_peak(work))
+    return 0
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="Peer's processor time ÷ ours, one thread: above 1, ours is faster")
+    for column in ("what", "peer", "ratio", "95 % interval", "ours", "peer's", "memory ÷ peer's"):
+        table.add_column(column, justify="left" if column in ("what", "peer") else "right")
+    for row in results["rows"]:
+        colour = "green" if row["ratio"] >= 1 else "yellow" if row["ratio"] >= TARGET_EACH else "red"
+        table.add_row(
+            row["what"],
+            row["peer"],
+            f"[{colour}]{row['ratio']:.3f}[/]",
+            f"{row['low']:.3f} to {row['high']:.3f}",
+            f"{1000 * row['ours_seconds']:.1f} ms",
+            f"{1000 * row['peer_seconds']:.1f} ms",
+            "–" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
+        )
+    console.print(table)
+    if results["rows"]:
+        faster: dict[str, float] = {}
+        for row in results["rows"]:
+            faster[row["what"]] = min(faster.get(row["what"], math.inf), row["ratio"])
+        mean = math.exp(sum(map(math.log, faster.values())) / len(faster))
+        below = [f"{what} ({value:.3f})" for what, value in faster.items() if value < TARGET_EACH]
+        console.print(f"against the faster peer each: geometric mean {mean:.3f} (target {TARGET_MEAN})")
+        console.print(f"below {TARGET_EACH}: {', '.join(below) or 'none'}")
+    for row in results["other"]:
+        console.print(f"{row['what']}: {row['value']}")
+
+
+def _quotient(a: int | None, b: int | None) -> float | None:
+    return round(a / b, 3) if a and b else None
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
