@@ -114,7 +114,7 @@ def to_rst(lines: list[str]) -> list[str]:
             out += [f"{indent}   {part}" for part in formula if part.strip()]
             out.append("")
         elif bare and _indent(line) >= 4 and not in_field and not (out and out[-1].strip()):
-            out += ["::", "", line]  # a drawn formula or an example: keep its lines
+            out += [".. code-block:: none", "", line]  # a drawn formula or an example: keep its lines
             while i < len(text) and (_indent(text[i]) or not text[i].strip()):
                 out.append(text[i])
                 i += 1
@@ -132,6 +132,11 @@ def process_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any,
 
 
 # ---------------------------------------------------------------- names and types
+
+
+def skip_fields(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """The class's own docstring describes the fields of a named tuple."""
+    return True if str(getattr(obj, "__doc__", "")).startswith("Alias for field number") else None
 
 
 def plain_types(app: Sphinx, what: str, name: str, *rest: Any) -> None:
@@ -194,6 +199,7 @@ def markdown(names: list[str]) -> str:
             f".. automodule:: {name}",
             "   :members:",
             "   :ignore-module-all:",
+            "   :no-value:",
             "   :member-order: bysource",
             "   :show-inheritance:",
             "```",
@@ -216,6 +222,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.setup_extension("sphinx.ext.autodoc")
     app.add_directive("api", Api)
     app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("autodoc-process-bases", public_bases)
     app.connect("autodoc-process-signature", plain_types, priority=900)  # after autodoc has noted the types
     app.connect("missing-reference", unlinked, priority=900)

@@ -13,7 +13,10 @@ from docutils import nodes
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.alpha import Style as AlphaStyle
 from sphinx.application import Sphinx
+from sphinx.builders.latex.nodes import thebibliography
 from sphinx.transforms.post_transforms import SphinxPostTransform
+
+LABEL = "bibliography"  # of the page that holds the list
 
 
 class BookStyle(AlphaStyle):
@@ -41,8 +44,25 @@ class PlainEntries(SphinxPostTransform):
             citation.replace_self(nodes.container("", *body, ids=citation["ids"], classes=["bib-entry"]))
 
 
+class InPlace(SphinxPostTransform):
+    """In the PDF, the list on its own page: Sphinx has gathered it behind the last page."""
+
+    default_priority = 760  # just after Sphinx's own transform
+    formats = ("latex",)
+
+    def run(self, **kwargs: Any) -> None:
+        found = next(self.document.findall(thebibliography), None)
+        page = next((s for s in self.document.findall(nodes.section) if LABEL in s["ids"]), None)
+        if found is None or page is None:
+            return
+        found.parent.remove(found)
+        after = next((i for i, child in enumerate(page) if isinstance(child, nodes.section)), len(page))
+        page.insert(after, found)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     register_plugin("pybtex.style.formatting", "book", BookStyle, force=True)
     app.setup_extension("sphinxcontrib.bibtex")
     app.add_post_transform(PlainEntries)
+    app.add_post_transform(InPlace)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -127,7 +127,7 @@ def markdown(
         for row in rows
     ]
     head = ("What is compared", "Reference", "Forward error", "Gradient error")
-    return table(head, cells, (28, 36, 18, 18), kind="ledger")
+    return table(head, cells, (27, 39, 17, 17), kind="ledger")
 
 
 def choose(rows: list[dict[str, Any]], models: str | None) -> list[dict[str, Any]]:

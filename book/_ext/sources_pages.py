@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path("book/appendix/data")  # one page for each source, named after it
 REGISTRIES = {"pypi": "PyPI", "npm": "npm", "apt": "Debian"}
+_LONG = re.compile(r"(?<![\w`/])([\w.-]+/[\w.-]{12,}\w)")
 _CELL = re.compile(r"^(`{3,})\{(?:code-cell|exercise-card)\}[^\n]*\n(.*?)^\1", re.MULTILINE | re.DOTALL)
 
 
@@ -102,7 +103,8 @@ def markdown(source: Source, used_by: Iterable[str] = ()) -> str:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip().replace(".  ", ". ")
+    """Ends with a full stop; long names such as ``maker/some-model`` may break anywhere."""
+    text = _LONG.sub(r"{digest}`\1`", text.strip())
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 

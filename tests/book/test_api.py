@@ -40,7 +40,8 @@ def test_open_formula_is_refused() -> None:
 
 
 def test_indented_block_keeps_its_lines() -> None:
-    assert rst("Head.\n\n    a = 1\n    b = 2\n\nTail.") == "Head.\n\n::\n\n    a = 1\n    b = 2\n\n\nTail."
+    block = ".. code-block:: none\n\n    a = 1\n    b = 2\n\n"
+    assert rst("Head.\n\n    a = 1\n    b = 2\n\nTail.") == f"Head.\n\n{block}\nTail."
 
 
 def test_sections_become_fields() -> None:
@@ -60,7 +61,7 @@ def test_sections_become_fields() -> None:
         "Tail.",
     ):
         assert line in out.split("\n")
-    assert "::\n" not in out
+    assert "code-block" not in out
 
 
 SOURCE = '''"""A module."""

@@ -318,7 +318,7 @@ def test_every_exercise_is_on_a_page_and_every_card_exists() -> None:
 def test_setup_names_every_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     page = (APPENDIX / "setup.md").read_text("utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == set(project["optional-dependencies"])
+    assert set(re.findall(r"^\* - `(\w+)`$", page, re.MULTILINE)) == set(project["optional-dependencies"])
 
 
 def test_glossary_is_long_enough_and_defines_each_term_once() -> None:

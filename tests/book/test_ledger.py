@@ -139,7 +139,7 @@ def test_latex_table_breaks_its_lines(tiny_book) -> None:
     built = tiny_book.build("latex")
     tex = next(built.out.glob("*.tex")).read_text("utf-8")
     assert r"\begin{longtable}" in tex
-    assert r"\X{28}{100}" in tex
+    assert r"\X{27}{100}" in tex
 
 
 @pytest.mark.skipif(not (ROOT / ledger.COMMITTED).exists(), reason="no ledger is committed")

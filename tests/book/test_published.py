@@ -64,6 +64,13 @@ def test_bibliography_has_plain_entries_that_are_linked(tiny_book) -> None:
     assert "doc-biblioentry" not in html
 
 
+def test_bibliography_is_printed_on_its_page(tiny_book) -> None:
+    page = "(bibliography)=\n# List\n\n{cite:p}`devlin2019bert`.\n\n```{bibliography}\n```\n\n## Behind it\n"
+    tiny_book.write({"index.md": page, "book/published.yml": ENTRY})
+    tex = next(tiny_book.build("latex").out.glob("*.tex")).read_text("utf-8")
+    assert tex.index(r"\bibitem") < tex.index("Behind it")
+
+
 def test_role_refuses_an_unknown_key(tiny_book) -> None:
     page = "# Page\n\n{published}`bert-squad`\n\n```{bibliography}\n```\n"
     tiny_book.write({"index.md": page, "book/published.yml": ENTRY})
