@@ -377,7 +377,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"\[[-+\d.eE,\s]*\]", lambda found: " ".join(found.group().split()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text + "\n", "utf-8")
     partial.replace(path)
 
