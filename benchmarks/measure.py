@@ -17,6 +17,9 @@ from typing import Any
 _ROOT = Path(__file__).resolve().parent.parent
 _LEAST = 0.03  # seconds that one timing lasts at least
 
+# glibc then gives freed blocks back to the system at once, so that a peak is one of live memory
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+
 
 def interleaved(
     works: Mapping[str, Callable[[], Any]], rounds: int, show: Callable[[], None] = lambda: None
@@ -55,13 +58,7 @@ def peak_memory(arguments: Sequence[str]) -> int | None:
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
-    # freed blocks go back to the system at once, so that the peak is of live memory
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-    }
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **GIVE_BACK}
     command = [sys.executable, "-m", "benchmarks", "--memory-of", *arguments]
     done = subprocess.run(command, cwd=_ROOT, env=env, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -211,7 +211,9 @@ class Attention(nn.Module):
         if need_weights:
             out, weights = attention(q, k, v, attn_mask, dropout=dropout)
             return self._merge(out), weights
-        return self._merge(fused_attention(q, k, v, attn_mask, dropout=dropout))
+        out = fused_attention(q, k, v, attn_mask, dropout=dropout)
+        del q, k, v  # their memory serves the last projection
+        return self._merge(out)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(x.size(0), x.size(1), heads, self.head_dim).transpose(1, 2)  # (B, heads, T, Dh)
