@@ -25,7 +25,6 @@ Book: recorded-experiments
 from __future__ import annotations
 
 import argparse
-import ast
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -43,6 +42,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from textbook_code.imports import needed_files
 
 _PACKAGE = Path(__file__).resolve().parent
 _PARTS = ("ABOUT", "CONFIG", "DATA", "TOLERANCE", "REPLAY", "arms", "run", "summarise")
@@ -286,44 +287,11 @@ def differences(old: Recorded, new: Recorded) -> list[str]:
 
 
 def source_hashes(path: Path) -> dict[str, str]:
-    """The sha256 of a file and of every module of this package that it imports, also indirectly.
-
-    Book: recorded-experiments
-    """
-    found: dict[Path, None] = {}
-    queue = [path.resolve()]
-    while queue:
-        source = queue.pop()
-        if source not in found:
-            found[source] = None
-            queue += _imported(source)
-    return {_label(p, path): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(found)}
-
-
-def _label(source: Path, experiment_path: Path) -> str:
-    if source == experiment_path.resolve():
-        return f"experiments/{source.name}"
-    return source.relative_to(_PACKAGE.parent).as_posix()
-
-
-def _imported(source: Path) -> Iterator[Path]:
-    """The files of this package that `source` imports, at its top or inside its functions."""
-    inside = source.is_relative_to(_PACKAGE)
-    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level and inside:
-                here = source.relative_to(_PACKAGE.parent).with_suffix("").parts
-                base = ".".join([*here[: -node.level], *([base] if base else [])])
-            modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for module in modules:
-            if module.split(".")[0] == _PACKAGE.name:
-                stem = _PACKAGE.parent.joinpath(*module.split("."))
-                yield from (p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file())
+    """The sha256 of a file and of every module of this package that it imports, also indirectly."""
+    modules = needed_files(path.read_text("utf-8"), package=_PACKAGE)
+    named = {f"experiments/{path.name}": path}
+    named |= {module.relative_to(_PACKAGE.parent).as_posix(): module for module in sorted(modules)}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in named.items()}
 
 
 def machine() -> str:
