@@ -85,7 +85,7 @@ def test_a_verdict_reads_as_a_sentence() -> None:
     wrong = check("attention/scale", lambda head_dim, q_std, k_std: 1.0)
     assert bool(wrong) is False
     assert str(wrong).startswith(
-        "✗ attention/scale: with head_dim=64, q_std=1, k_std=1: the logits have variance 64"
+        "✗ attention/scale: with head_dim=64, q_std=1, k_std=1: the scores have variance 64"
     )
     assert "Hint: " in str(wrong)
 

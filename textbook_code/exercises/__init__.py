@@ -1,4 +1,4 @@
-"""Exercises with checks a reader runs: `check("attention/scale", logit_scale)`.
+"""Exercises with checks a reader runs: `check("attention/scale", score_scale)`.
 
 Book: exercises-how
 """

@@ -47,7 +47,7 @@ def _check_scale(answer: Callable[..., Any]) -> str | None:
             return f"with {case}: expected a number."
         variance = scale**2 * head_dim * q_std**2 * k_std**2
         if not math.isclose(variance, 1, rel_tol=1e-4):
-            return f"with {case}: the logits have variance {variance:.4g}, not 1."
+            return f"with {case}: the scores have variance {variance:.4g}, not 1."
         if scale < 0:
             return f"with {case}: a negative scale turns the order of the keys round."
     return None
@@ -257,36 +257,36 @@ EXERCISES = (
     ),
     Exercise(
         name="attention/scale",
-        title="Logits of unit variance",
+        title="Scores of unit variance",
         stars=2,
         statement=r"""
             The factor $1/\sqrt{d_k}$ presumes that the entries of queries and keys have variance one.
             Suppose instead that they are independent with mean zero and standard deviations `q_std` and
-            `k_std`. Write the factor by which $q \cdot k$ must be multiplied so that the logits have
+            `k_std`. Write the factor by which $q \cdot k$ must be multiplied so that the scores have
             variance one.
         """,
-        answer="logit_scale",
+        answer="score_scale",
         starter="""
-            def logit_scale(head_dim, q_std, k_std):
+            def score_scale(head_dim, q_std, k_std):
                 raise NotImplementedError
         """,
         solution="""
-            def logit_scale(head_dim, q_std, k_std):
+            def score_scale(head_dim, q_std, k_std):
                 # Each of the head_dim products has variance (q_std · k_std)², and variances of independent
                 # terms add up: the standard deviation of q · k is q_std · k_std · √head_dim.
                 return 1 / (q_std * k_std * head_dim**0.5)
         """,
         wrong=(
             """
-            def logit_scale(head_dim, q_std, k_std):
+            def score_scale(head_dim, q_std, k_std):
                 return head_dim**-0.5
             """,
             """
-            def logit_scale(head_dim, q_std, k_std):
+            def score_scale(head_dim, q_std, k_std):
                 return 1 / (q_std * k_std * head_dim)
             """,
             """
-            def logit_scale(head_dim, q_std, k_std):
+            def score_scale(head_dim, q_std, k_std):
                 return 1 / (q_std**2 * k_std**2 * head_dim**0.5)
             """,
         ),

@@ -53,15 +53,19 @@ def _check_segments(answer: Callable[..., Any]) -> str | None:
 
 def _check_mean_pool(answer: Callable[..., Any]) -> str | None:
     hidden = torch.randn(4, 6, 5)
-    lengths = torch.tensor([6, 3, 1, 0])
-    token_mask = torch.arange(6) < lengths[:, None]
-    for rows, what in (
-        (slice(0, 1), "a text without padding"),
-        (slice(0, 3), "texts of 6, 3 and 1 tokens, padded to 6"),
-        (slice(0, 4), "with a text that is all padding"),
+    lengths = torch.tensor([6, 4, 3, 2])[:, None]  # the last pair has an empty second text
+    token_mask = torch.arange(6) < lengths
+    segments = (torch.arange(6) >= 2).long() * token_mask  # padding is 0, as from a tokenizer
+    padded_as_second = (torch.arange(6) >= 2).long().expand(4, 6)  # or segment 1: it must not matter
+    for rows, kinds, what in (
+        (slice(0, 1), segments, "a pair without padding"),
+        (slice(0, 3), segments, "second texts of 4, 2 and 1 tokens"),
+        (slice(0, 3), padded_as_second, "padding that carries segment 1"),
+        (slice(0, 4), segments, "with a pair whose second text is empty"),
     ):
-        expected = mean_pool(hidden[rows], token_mask[rows])
-        got = answer(hidden[rows].clone(), token_mask[rows].clone())
+        wanted = token_mask[rows] & (kinds[rows] == 1)
+        expected = mean_pool(hidden[rows], wanted)
+        got = answer(hidden[rows].clone(), token_mask[rows].clone(), kinds[rows].clone())
         if problem := tensor_problem(got, expected, what):
             return problem
     return None
@@ -261,42 +265,44 @@ EXERCISES = (
     ),
     Exercise(
         name="encoder-only/mean-pool",
-        title="A mean that padding cannot move",
+        title="The mean of the second text",
         stars=1,
         statement=r"""
-            A sentence encoder sums up a text as the mean of its tokens' hidden states. Write it for
-            `hidden` of shape `(B, T, D)` and a boolean `token_mask` of shape `(B, T)`, True = real token,
-            so that the length to which a batch happens to be padded changes nothing. A text without a
-            single real token gives zeros.
+            In a pair of texts, a question and a passage, say, we want the mean of the hidden states of the
+            *second* text alone. Write it for `hidden` of shape `(B, T, D)`, a boolean `token_mask` of shape
+            `(B, T)`, True = real token, and `segments` of shape `(B, T)`, which are 1 on the second text.
+            Neither the first text nor padding may move it, whatever segment the padding carries. A pair
+            whose second text is empty gives zeros.
         """,
-        answer="mean_pool",
+        answer="mean_of_second",
         starter="""
             import torch
 
-            def mean_pool(hidden, token_mask):
+            def mean_of_second(hidden, token_mask, segments):
                 return hidden.mean(dim=1)
         """,
         solution="""
             import torch
 
-            def mean_pool(hidden, token_mask):
-                real = token_mask[:, :, None].to(hidden.dtype)  # (B, T, 1)
-                count = real.sum(dim=1).clamp(min=1)  # (B, 1); an empty text is divided by 1, not by 0
-                return (hidden * real).sum(dim=1) / count
+            def mean_of_second(hidden, token_mask, segments):
+                wanted = (token_mask & (segments == 1))[:, :, None].to(hidden.dtype)  # (B, T, 1)
+                count = wanted.sum(dim=1).clamp(min=1)  # (B, 1); an empty text is divided by 1, not by 0
+                return (hidden * wanted).sum(dim=1) / count
         """,
         wrong=(
             """
-            def mean_pool(hidden, token_mask):
-                return (hidden * token_mask[:, :, None]).mean(dim=1)
+            def mean_of_second(hidden, token_mask, segments):
+                return (hidden * segments[:, :, None]).mean(dim=1)
             """,
             """
-            def mean_pool(hidden, token_mask):
-                real = token_mask[:, :, None].to(hidden.dtype)
-                return (hidden * real).sum(dim=1) / real.sum(dim=1)
+            def mean_of_second(hidden, token_mask, segments):
+                wanted = (segments == 1)[:, :, None].to(hidden.dtype)
+                return (hidden * wanted).sum(dim=1) / wanted.sum(dim=1).clamp(min=1)
             """,
             """
-            def mean_pool(hidden, token_mask):
-                return hidden[token_mask].mean(dim=0, keepdim=True).expand(len(hidden), -1)
+            def mean_of_second(hidden, token_mask, segments):
+                wanted = (token_mask & (segments == 1))[:, :, None].to(hidden.dtype)
+                return (hidden * wanted).sum(dim=1) / wanted.sum(dim=1)
             """,
         ),
         check=_check_mean_pool,

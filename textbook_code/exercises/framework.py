@@ -89,7 +89,7 @@ class Verdict:
 
 
 def check(name: str, answer: Any) -> Verdict:
-    """Judge `answer` to the exercise called `name`, for example `check("attention/scale", logit_scale)`.
+    """Judge `answer` to the exercise called `name`, for example `check("attention/scale", score_scale)`.
 
     An answer that raises is a wrong answer: the verdict carries its error. Random inputs are drawn from
     a fixed seed, and the caller's random state is left as it was.
