@@ -70,11 +70,16 @@ def listing(records: Mapping[str, Mapping[str, Any]]) -> str:
     if not records:
         return "*No experiment has been recorded yet.*"
     rows = [
-        (f"`{name}`", record["machine"], str(record["date"])[:10], f"`{repeat(name)}`")
+        (
+            f"{{ref}}`{name} <experiment-{name.replace('_', '-')}>`",
+            record["machine"],
+            str(record["date"])[:10],
+            duration(record.get("cpu_seconds")),
+        )
         for name, record in records.items()
     ]
     out = [
-        table(("Experiment", "Machine", "Date", "To repeat it"), rows, (20, 34, 14, 32), kind="recorded"),
+        table(("Experiment", "Machine", "Date", "Processor time"), rows, (26, 36, 18, 20), kind="recorded"),
         "",
     ]
     for name, record in records.items():
@@ -87,6 +92,7 @@ def listing(records: Mapping[str, Mapping[str, Any]]) -> str:
             f"- **Command:** `{record['command']}`{_took(record)}",
             f"- **Source:** `{FOLDER}/{name}.py` {_HASHED} {{digest}}`{record['source_sha256']}`",
             *([f"- **Versions:** {versions}"] if versions else []),
+            f"- **To repeat it:** `{repeat(name)}`",
             "",
         ]
     return "\n".join(out)
