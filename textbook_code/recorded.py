@@ -287,7 +287,10 @@ def differences(old: Recorded, new: Recorded) -> list[str]:
 
 
 def source_hashes(path: Path) -> dict[str, str]:
-    """The sha256 of a file and of every module of this package that it imports, also indirectly."""
+    """The sha256 of a file and of every module of this package that it imports, also indirectly.
+
+    Book: recorded-experiments
+    """
     modules = needed_files(path.read_text("utf-8"), package=_PACKAGE)
     named = {f"experiments/{path.name}": path}
     named |= {module.relative_to(_PACKAGE.parent).as_posix(): module for module in sorted(modules)}
