@@ -41,10 +41,9 @@ def _configure(app: Sphinx, config: Config) -> None:
     config.book_url = book + "/" if book else ""
     config.repository_url = repository
     config.html_baseurl = config.book_url
-    options = dict(config.html_theme_options)
-    options["repository_url"] = repository  # never Jupyter Book's own, which is its default
-    options["use_repository_button"] = options["use_issues_button"] = bool(repository)
-    config.html_theme_options = options
+    if config.html_theme == "sphinx_book_theme":
+        shown = {"use_repository_button": bool(repository), "use_issues_button": bool(repository)}
+        config.html_theme_options = {**config.html_theme_options, "repository_url": repository, **shown}
 
 
 def description(doctree: nodes.document | None) -> str:

@@ -24,9 +24,9 @@ class ProofBodies(SphinxTransform):
     def apply(self, **kwargs: Any) -> None:
         for body in list(self.document.findall(nodes.section)):
             if "proof-content" in body["ids"]:
-                body.replace_self(
-                    nodes.container("", *body.children, classes=[*body["classes"], "proof-content"])
-                )
+                box = nodes.container("", *body.children, classes=[*body["classes"], "proof-content"])
+                body.replace_self(box)
+                box["ids"] = []  # replace_self has handed them on
         for proof in self.document.findall(nodes.admonition):
             if proof["ids"] == ["proof"]:
                 proof["ids"] = []
@@ -55,8 +55,8 @@ def _leave_excerpts_alone() -> None:
 class CodeLinks:
     """sphinx-codeautolink links only the pages that were read in this very run, and by this builder.
 
-    A page that another builder has read, or that is written anew without being read, loses the links in its code. So
-    the code of every page is analysed before writing, and the pages to link are those that were written.
+    A page that another builder has read, or that is written anew without being read, loses the links in its
+    code. So the code of every page is analysed before writing, and the pages to link are those written.
     """
 
     def __init__(self) -> None:
@@ -91,27 +91,41 @@ def _whole_html_handlers(app: Sphinx) -> None:
     handlers["singlehtml"] = {**handlers.get("html", {}), **handlers.get("singlehtml", {})}
 
 
-def _no_foreign_scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Jupyter Book always loads sphinx-thebe, which fetches its kernels' code from the network; drop it.
+def _without_thebe(app: Sphinx, config: Any) -> None:
+    """Jupyter Book always loads sphinx-thebe, which has a reader's browser fetch code from the network."""
+    for listeners in list(app.events.listeners.values()):
+        for listener in list(listeners):
+            if getattr(listener.handler, "__module__", "").split(".")[0] == "sphinx_thebe":
+                app.disconnect(listener.id)
+    registry = app.registry
+    registry.css_files[:] = [css for css in registry.css_files if "thebe" not in css[0]]
 
-    A script that is set up twice declares its constants twice, an error in the console: keep the first.
-    """
+
+def _scripts_once(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """A script that is set up twice declares its constants twice, an error in the console: keep one."""
     seen: set[str] = set()
     kept = []
     for script in context.get("script_files", []):
-        name = str(getattr(script, "filename", None) or "")
         body = (getattr(script, "attributes", None) or {}).get("body") or ""
-        if "thebe" in name or "thebe" in body.lower() or (body and body in seen):
-            continue
+        if not body or body not in seen:
+            kept.append(script)
         seen.add(body)
-        kept.append(script)
     context["script_files"] = kept
-    context["css_files"] = [css for css in context.get("css_files", []) if "thebe" not in str(css.filename)]
 
 
 _MENDS = (
     # Sphinx gives captions of the contents the role of a heading without its level
     (re.compile(r'role="heading">'), 'role="heading" aria-level="2">'),
+    # the theme's folding part of the contents says nothing to who cannot see its arrow
+    (
+        re.compile(r'<summary>(?=<span class="toctree-toggle")'),
+        '<summary aria-label="Pages below this one">',
+    ),
+    # the theme leaves the book's name outside every landmark
+    (
+        re.compile(r'<div class="sidebar-primary-item">(?=\s*<a class="navbar-brand)'),
+        '<div class="sidebar-primary-item" role="banner">',
+    ),
 )
 _REDIRECT = """<!DOCTYPE html>
 <html lang="{lang}">
@@ -153,6 +167,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("build-finished", links.choose, priority=100)
     app.add_transform(ProofBodies)
     app.connect("builder-inited", _whole_html_handlers)
-    app.connect("html-page-context", _no_foreign_scripts, priority=990)
+    app.connect("config-inited", _without_thebe, priority=1)
+    app.connect("html-page-context", _scripts_once, priority=990)
     app.connect("build-finished", _mend_pages, priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -255,6 +255,10 @@ class BookTranslator(LaTeXTranslator):
         self._announce("table", self._number("table", node))
         super().visit_table(node)
 
+    def visit_captioned_literal_block(self, node: nodes.Element) -> None:
+        self._announce("literalblock", self._number("code-block", node))
+        super().visit_captioned_literal_block(node)
+
     def visit_math_block(self, node: nodes.Element) -> None:
         number = self._number("displaymath", node)
         text = node.astext().strip()
@@ -299,8 +303,6 @@ class BookTranslator(LaTeXTranslator):
             )
         elif "sd-card-title" in classes:
             raise nodes.SkipNode
-        if node.get("literal_block"):
-            self._announce("literalblock", self._number("code-block", node))
         if "cell_input" in classes:
             self.body.append("\n\\begin{bookinput}")
         elif "cell_output" in classes:
