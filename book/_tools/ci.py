@@ -77,6 +77,7 @@ STAGES = [
     Stage("lint", 2, lambda: [build("lint")], needs=("install",)),
     Stage("fetch", 2, lambda: [build("fetch")], needs=("install",)),
     Stage("tests", 12, lambda: [[*MAKE, "test"]], needs=("install", "fetch")),
+    Stage("ledger", 1, lambda: [[PYTHON, "book/_ext/ledger.py"]], needs=("tests",)),
     Stage("pages", 17, lambda: [build("pages")], needs=("install", "fetch")),
     Stage("book", 11, lambda: [[*MAKE, "book"]], needs=("pages", "system")),
     Stage("browser", 6, lambda: [[PYTHON, "-m", "pytest", "-m", "browser"]], needs=("book", "system")),

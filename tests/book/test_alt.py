@@ -198,8 +198,9 @@ def test_html_check_accepts() -> None:
     assert html_problems(page) == []
 
 
-@pytest.mark.skipif(not BUILT.exists(), reason="the HTML is not built; `make html` builds it")
+@pytest.mark.browser  # not that it opens one: it needs the built pages too
 def test_built_pages() -> None:
+    assert BUILT.exists(), "the HTML is not built; `make html` builds it"
     pages = [page for page in sorted(BUILT.rglob("*.html")) if "_static" not in page.parts]
     assert pages
     found = [
