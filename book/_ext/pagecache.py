@@ -55,6 +55,21 @@ def outdated(
     return [page for page, key in keys.items() if page in env.found_docs and read.get(page) != key]
 
 
+def note_reading(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    app.pagecache_reads = bool(docnames)  # type: ignore[attr-defined]
+
+
+def write_again(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """All pages, once any page was read, now or by another builder since this one last wrote.
+
+    Sphinx writes the pages that it has read in this very run, or whose source is new: a page with new outputs
+    that the LaTeX builder has read would stay old in the HTML, and so would numbers that refer to it.
+    """
+    known, written = Path(app.doctreedir, "environment.pickle"), Path(app.outdir, "searchindex.js")
+    by_another = known.exists() and (not written.exists() or known.stat().st_mtime > written.stat().st_mtime)
+    return sorted(env.found_docs) if app.pagecache_reads or by_another else []  # type: ignore[attr-defined]
+
+
 def refuse(notebook: Any, *args: Any, **kwargs: Any) -> None:
     """Stands where myst-nb would run a notebook itself, one after the other and with no key."""
     raise ExtensionError("a page with code is not in the notebook cache: is it missing from _toc.yml?")
@@ -65,4 +80,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("config-inited", place_cache)
     app.connect("builder-inited", execute_pages)
     app.connect("env-get-outdated", outdated)
+    app.connect("env-before-read-docs", note_reading)
+    app.connect("env-updated", write_again)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -83,13 +83,18 @@ def data(names: set[str]) -> None:
 
 def proof() -> None:
     """Measure the parity errors that the book prints, unless these very models were measured before."""
-    stamp, inputs = Stamp(BUILD / ".stamps" / "proof.json"), digest(ROOT, [*PACKAGE, "tests"])
+    stamp, inputs = stamp_of("proof"), proof_inputs()
     if stamp.holds(inputs) and not FORCE:
         return
     with timed("proof") as tell:
         tell("comparing every model with its reference")
         pytest("-q", "-m", "parity_row and not slow", log="proof")
         stamp.write(inputs, made=[BUILD / "parity.json"])
+
+
+def proof_inputs() -> str:
+    tests = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("*.py"))]
+    return digest(ROOT, [*PACKAGE, *(path for path in tests if "parity" in (ROOT / path).read_text("utf-8"))])
 
 
 def pages() -> None:
@@ -153,7 +158,7 @@ def page_pdfs(book: Path) -> None:
 def make_book(*, html: bool = True, pdf: bool = True) -> None:
     """HTML, PDF or both; what was built from these very inputs is left alone."""
     name = "book" if html and pdf else "html" if html else "pdf"
-    stamp = Stamp(BUILD / ".stamps" / f"{name}.json")
+    stamp = stamp_of(name)
     with only_one(BUILD / ".lock"):
         proof()
         inputs = book_inputs()  # as it is now: what is edited from here on is for the next build
@@ -190,6 +195,7 @@ def book_inputs() -> str:
 def test(arguments: Sequence[str]) -> None:
     """All fast tests, side by side; then those of the built pages, where there are pages and a browser."""
     data(named_in_tests())
+    inputs, proof = test_inputs(), proof_inputs()  # as they are now: what is edited from here on is untested
     with timed("tests"):
         closing = pytest("-n", str(cores()), "--dist", "loadfile", *arguments)
     reason = why_no_browser_tests()
@@ -200,19 +206,17 @@ def test(arguments: Sequence[str]) -> None:
         for file in browser_tests():
             say(f"skipped {file}: {reason}", step="browser")
     if not arguments:
-        stamp_of_tests().write(test_inputs(), closing=closing)
-        Stamp(BUILD / ".stamps" / "proof.json").write(
-            digest(ROOT, [*PACKAGE, "tests"]), made=[BUILD / "parity.json"]
-        )
+        stamp_of("test").write(inputs, closing=closing)
+        stamp_of("proof").write(proof, made=[BUILD / "parity.json"])
     print(closing_table())
 
 
-def stamp_of_tests() -> Stamp:
-    return Stamp(BUILD / ".stamps" / "test.json")
+def stamp_of(step: str) -> Stamp:
+    return Stamp(BUILD / ".stamps" / f"{step}.json")
 
 
 def test_inputs() -> str:
-    html = Stamp(BUILD / ".stamps" / "book.json").read().get("when", "not built")
+    html = stamp_of("book").read().get("when", "not built")
     return digest(ROOT, TESTS, extra=[Environment().inputs, html, str(browser())])
 
 
@@ -361,12 +365,12 @@ def up_to_date(command: str, arguments: Sequence[str]) -> str | None:
     if FORCE or arguments or not Environment().is_ready():
         return None
     if command in ("book", "html", "pdf"):
-        stamp = Stamp(BUILD / ".stamps" / f"{command}.json")
+        stamp = stamp_of(command)
         if stamp.holds(book_inputs()):
             made = "\n".join(f"  {path}" for path in stamp.read()["made"])
             return f"{command}: up to date, built from these very files\n{made}"
-    if command == "test" and stamp_of_tests().holds(test_inputs()):
-        kept = stamp_of_tests().read()
+    if command == "test" and stamp_of("test").holds(test_inputs()):
+        kept = stamp_of("test").read()
         return f"test: these very files passed at {kept['when']} (FORCE=1 runs them again)\n{kept['closing']}"
     return None
 

@@ -80,7 +80,7 @@ def read_log(text: str) -> Report:
     wrong = re.findall(
         r"^(?:LaTeX|Package \w+) Warning: (?:Reference|Citation|Hyper reference) [`'].*undefined.*$"
         r"|^Missing character: .*$"
-        r"|^LaTeX Warning: There were (?:undefined references|multiply-defined labels).*$",
+        r"|^LaTeX Warning: Label [`'].*multiply defined.*$",
         text,
         re.MULTILINE,
     )

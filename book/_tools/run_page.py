@@ -50,6 +50,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path, *, seconds: int = CEL
         notebook,
         kernel_manager_class=Manager,
         timeout=seconds,
+        startup_timeout=300,  # on a busy machine a kernel takes its time
         record_timing=False,  # it would change the cells' metadata, which the cache compares
         resources={"metadata": {"path": str(folder)}},
     )
