@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET_EACH, TARGET_MEAN = 0.95, 1.0
+TARGET = 0.95
 ABOUT = (
     "Sizes are those of MiniLM: six layers, width 384, twelve heads. A training step runs with the published "
     "dropout and ends in a step of plain gradient descent. `torch.nn.TransformerEncoder` has no embeddings, "
     "heads or pre-trained weights: it runs behind our embeddings. In evaluation it takes a fused path, one "
-    "call for a whole layer, which gives no access to the attention weights."
+    "call for a whole layer, which gives no access to the attention weights and overwrites its intermediate "
+    "results, as only inference can: hence its smaller memory there."
 )
 
 
@@ -55,14 +56,15 @@ def main() -> int:
     from textbook_code.recorded import machine, versions
 
     console = Console()
+    rows = compare(options.rounds, options.only, console)
     results = {
         "command": "make bench",
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "versions": versions() | {"transformers": _version("transformers")},
         "about": ABOUT,
-        "rows": compare(options.rounds, options.only, console),
-        "other": other(options.cold, console),
+        "rows": rows,
+        "other": [against_the_faster(rows)] * bool(rows) + other(options.cold, console),
     }
     show(results, console)
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
@@ -176,7 +178,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     for column in ("what", "peer", "ratio", "95 % interval", "ours", "peer's", "memory ÷ peer's"):
         table.add_column(column, justify="left" if column in ("what", "peer") else "right")
     for row in results["rows"]:
-        colour = "green" if row["ratio"] >= 1 else "yellow" if row["ratio"] >= TARGET_EACH else "red"
+        colour = "green" if row["ratio"] >= 1 else "yellow" if row["ratio"] >= TARGET else "red"
         table.add_row(
             row["what"],
             row["peer"],
@@ -187,16 +189,24 @@ def show(results: dict[str, Any], console: Console) -> None:
             "–" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}",
         )
     console.print(table)
-    if results["rows"]:
-        faster: dict[str, float] = {}
-        for row in results["rows"]:
-            faster[row["what"]] = min(faster.get(row["what"], math.inf), row["ratio"])
-        mean = math.exp(sum(map(math.log, faster.values())) / len(faster))
-        below = [f"{what} ({value:.3f})" for what, value in faster.items() if value < TARGET_EACH]
-        console.print(f"against the faster peer each: geometric mean {mean:.3f} (target {TARGET_MEAN})")
-        console.print(f"below {TARGET_EACH}: {', '.join(below) or 'none'}")
+    below = [f"{what} ({value:.3f})" for what, value in slowest(results["rows"]).items() if value < TARGET]
+    console.print(f"below {TARGET} of the faster peer: {', '.join(below) or 'none'}")
     for row in results["other"]:
         console.print(f"{row['what']}: {row['value']}")
+
+
+def slowest(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """For each case the ratio to the faster of its peers."""
+    faster: dict[str, float] = {}
+    for row in rows:
+        faster[row["what"]] = min(faster.get(row["what"], math.inf), row["ratio"])
+    return faster
+
+
+def against_the_faster(rows: list[dict[str, Any]]) -> dict[str, str]:
+    ratios = slowest(rows).values()
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    return {"what": "geometric mean of the ratios to the faster peer of each pair", "value": f"{mean:.3f}"}
 
 
 def _quotient(a: int | None, b: int | None) -> float | None:
