@@ -36,7 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # PYTHONSAFEPATH leaves it out
 
 from console import StepError, closing_table, say, timed
-from environment import ROOT, Environment, browser, ensure_latex
+from environment import ROOT, Environment, browser, ensure_latex, missing_latex
 from stamps import Stamp, digest
 
 BUILD = ROOT / "_build"
@@ -181,8 +181,7 @@ def make_book(*, html: bool = True, pdf: bool = True) -> None:
             sphinx("html", with_pdf=False)
         if html:
             made.insert(0, HTML / "index.html")
-        if can or not pdf:
-            stamp.write(inputs, made=made)
+        stamp.write(inputs, made=made, without_latex=pdf and not can)
     print(closing_table())
     for path in made:
         print(f"{path.suffix[1:].upper():>12} | {path}")
@@ -209,6 +208,13 @@ def test(arguments: Sequence[str]) -> None:
         stamp_of("test").write(inputs, closing=closing)
         stamp_of("proof").write(proof, made=[BUILD / "parity.json"])
     print(closing_table())
+
+
+def test_slow(arguments: Sequence[str]) -> None:
+    """The tests that take minutes, one after the other."""
+    data(named_in_tests())
+    with timed("slow tests"):
+        pytest("-m", "slow", *arguments)
 
 
 def stamp_of(step: str) -> Stamp:
@@ -366,9 +372,11 @@ def up_to_date(command: str, arguments: Sequence[str]) -> str | None:
         return None
     if command in ("book", "html", "pdf"):
         stamp = stamp_of(command)
-        if stamp.holds(book_inputs()):
+        without_latex = stamp.read().get("without_latex", False)
+        if stamp.holds(book_inputs()) and not (without_latex and not missing_latex()):
             made = "\n".join(f"  {path}" for path in stamp.read()["made"])
-            return f"{command}: up to date, built from these very files\n{made}"
+            note = "\n  no PDF, because there is no LaTeX" if without_latex else ""
+            return f"{command}: up to date, built from these very files\n{made}{note}"
     if command == "test" and stamp_of("test").holds(test_inputs()):
         kept = stamp_of("test").read()
         return f"test: these very files passed at {kept['when']} (FORCE=1 runs them again)\n{kept['closing']}"
@@ -383,7 +391,7 @@ def main(arguments: Sequence[str]) -> int:
         "pdf": lambda: make_book(html=False),
         "serve": serve,
         "test": lambda: test(rest),
-        "test-slow": lambda: run([sys.executable, "-m", "pytest", "-m", "slow", *rest]),
+        "test-slow": lambda: test_slow(rest),
         "lint": lint,
         "bench": lambda: run([sys.executable, "-m", "benchmarks", *rest]),
         "ledger": lambda: run(
