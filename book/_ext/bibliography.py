@@ -57,6 +57,8 @@ class InPlace(SphinxPostTransform):
             return
         found.parent.remove(found)
         after = next((i for i, child in enumerate(page) if isinstance(child, nodes.section)), len(page))
+        while after and isinstance(page[after - 1], nodes.target):  # the label of that section
+            after -= 1
         page.insert(after, found)
 
 

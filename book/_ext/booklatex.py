@@ -27,6 +27,7 @@ from sphinx.writers.latex import LaTeXTranslator
 
 LOOK = Path(__file__).resolve().parents[1] / "_latex"
 FILES = ("preamble.inc", "titlepage.inc")
+TOGETHER = 16  # lines
 HIDDEN = {
     "tag_hide-cell",
     "tag_remove-cell",
@@ -303,6 +304,10 @@ class BookTranslator(LaTeXTranslator):
             )
         elif "sd-card-title" in classes:
             raise nodes.SkipNode
+        elif "cell" in classes:
+            lines = sum(block.astext().count("\n") + 2 for block in node.findall(nodes.literal_block))
+            if lines <= TOGETHER:  # a short cell and what it prints share a page
+                self.body.append(f"\n\\booktogether{{{lines}}}")
         if "cell_input" in classes:
             self.body.append("\n\\begin{bookinput}")
         elif "cell_output" in classes:
