@@ -8,7 +8,7 @@ if (location.protocol === "file:" && typeof DOCUMENTATION_OPTIONS !== "undefined
 
 // Wide formulas, tables and listings scroll in their own box: let the keyboard reach the ones that do.
 function reachable() {
-  const selector = "div.highlight pre, mjx-container[display=true], .pst-scrollable-table-container, .output pre";
+  const selector = "div.highlight pre, mjx-container[display=true], table.docutils, .output pre";
   for (const box of document.querySelectorAll(selector)) {
     if (box.scrollWidth > box.clientWidth + 1) {
       box.tabIndex = 0;
