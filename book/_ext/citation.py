@@ -165,9 +165,8 @@ def _add_box(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     if page.url:
         text += nodes.reference("", page.url, refuri=page.url)
     code = nodes.literal_block(page.bibtex, page.bibtex, language="bibtex", classes=["citation-bibtex"])
-    box = nodes.section("", nodes.title("", "How to cite this page"), text, code, classes=["cite"])
-    box["ids"] = ["cite-this-page"]
-    top += box
+    head = nodes.raw("", "<h2>How to cite this page</h2>", format="html")  # a section's would be numbered
+    top += nodes.container("", head, text, code, classes=["cite"], ids=["cite-this-page"])
 
 
 def _add_tags(

@@ -109,6 +109,7 @@ def test_the_box_and_the_data_say_the_same(built) -> None:
         in page
     )
     assert "chapter 1, version 0.3.0." in page
+    assert "<h2>How to cite this page</h2>" in page  # no number of its own
 
 
 def test_a_script_cannot_be_closed_from_inside(built) -> None:
