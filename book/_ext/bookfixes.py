@@ -25,8 +25,7 @@ class ProofBodies(SphinxTransform):
         for body in list(self.document.findall(nodes.section)):
             if "proof-content" in body["ids"]:
                 box = nodes.container("", *body.children, classes=[*body["classes"], "proof-content"])
-                body.replace_self(box)
-                box["ids"] = []  # replace_self has handed them on
+                body.parent.replace(body, box)
         for proof in self.document.findall(nodes.admonition):
             if proof["ids"] == ["proof"]:
                 proof["ids"] = []
@@ -124,7 +123,7 @@ _MENDS = (
     # the theme leaves the book's name outside every landmark
     (
         re.compile(r'<div class="sidebar-primary-item">(?=\s*<a class="navbar-brand)'),
-        '<div class="sidebar-primary-item" role="banner">',
+        '<div class="sidebar-primary-item" role="region" aria-label="This book">',
     ),
 )
 _REDIRECT = """<!DOCTYPE html>

@@ -183,7 +183,7 @@ def test_what_only_the_ear_misses(built) -> None:
     folds = re.findall(r'<summary[^>]*>(?=<span class="toctree-toggle")', page)
     assert folds
     assert all("aria-label=" in fold for fold in folds)
-    assert re.search(r'role="banner">\s*<a class="navbar-brand', page)
+    assert re.search(r'role="region" aria-label="This book">\s*<a class="navbar-brand', page)
 
 
 def test_mends_are_made_once() -> None:
