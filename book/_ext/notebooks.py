@@ -423,7 +423,7 @@ def _is_link(node: nodes.Node) -> bool:
 
 
 def _is_download(item: nodes.list_item) -> bool:
-    return any("page-link" in r.get("classes", []) for r in item.findall(nodes.reference))
+    return any("page-download" in r.get("classes", []) for r in item.findall(nodes.reference))
 
 
 def _inside(node: nodes.Node, kind: type[nodes.Node]) -> bool:

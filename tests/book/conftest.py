@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in ("_ext", "_tools"):
-    sys.path.insert(0, str(ROOT / "book" / folder))
+for folder in (ROOT / "book" / "_ext", ROOT / "book" / "_tools", ROOT / "tests" / "book"):
+    sys.path.insert(0, str(folder))
 
 _CONF = """
 extensions = ["myst_parser", "sphinx_design", "sphinxcontrib.bibtex", {extensions}]
+source_suffix = {{".rst": "restructuredtext"}}  # Sphinx's own default is one dict for all books of a process
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "author_year"
