@@ -6,7 +6,9 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
+import address
 import jsonschema
 import pytest
 import yaml
@@ -172,6 +174,26 @@ def test_a_wrong_address_is_refused(make_book, tmp_path: Path) -> None:
     book.write(PAGES)
     with pytest.raises(ConfigError, match="book_url: expected an address that starts with http"):
         book.build()
+
+
+@pytest.mark.parametrize("repository", ["", "https://example.org/repository/"])
+def test_repository_buttons_come_with_a_repository(repository: str) -> None:
+    """Jupyter Book's default is the address of its own repository: never on our pages."""
+    config = SimpleNamespace(
+        book_url="",
+        repository_url=repository,
+        html_theme="sphinx_book_theme",
+        html_theme_options={
+            "repository_url": "https://github.com/executablebooks/jupyter-book",
+            "toc_title": "T",
+        },
+    )
+    address._configure(None, config)
+    shown = bool(repository)
+    assert config.html_theme_options == {
+        "repository_url": repository.rstrip("/"), "use_repository_button": shown, "use_issues_button": shown,
+        "toc_title": "T",
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- the repository's own files
