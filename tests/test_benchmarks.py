@@ -74,8 +74,10 @@ def test_a_ratio_is_the_median_of_pairs_with_its_interval() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_sees_a_tensor_that_is_gone_at_the_end() -> None:
-    code = """
+    code = f"""
+        import sys
         import torch
+        sys.path.append({str(ROOT)!r})  # behind the installed package
         from benchmarks.measure import own_peak
         print(own_peak(lambda: (torch.ones(8 << 20), None)[1]))
     """
