@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -115,7 +114,8 @@ def test_a_model_runs_from_the_installed_wheel(built: Path, tmp_path: Path) -> N
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "-q"]
     subprocess.run([*pip, str(wheel(built))], check=True, capture_output=True)
     site = run(python, tmp_path, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    (Path(site) / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    libraries = [folder for folder in sys.path if folder.endswith("site-packages")]
+    (Path(site) / "libraries.pth").write_text("\n".join(libraries) + "\n")
     use(python, tmp_path / "elsewhere")
 
 
