@@ -48,6 +48,8 @@ BOOK = [*PACKAGE, "_config.yml", "_toc.yml", "CITATION.cff", "CHANGELOG.md", "bo
 TESTS = [*BOOK, "README.md", "LICENSE", "LICENSE-TEXT", "Makefile", "tests"]
 SHOWN = ["_build/parity.json"]  # results of this machine that the book prints
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SIDE_BY_SIDE = ["-n", str(CORES), "--dist", "loadfile"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -196,11 +198,11 @@ def test(arguments: Sequence[str]) -> None:
     data(named_in_tests())
     inputs, proof = test_inputs(), proof_inputs()  # as they are now: what is edited from here on is untested
     with timed("tests"):
-        closing = pytest("-n", str(cores()), "--dist", "loadfile", *arguments)
+        closing = pytest(*SIDE_BY_SIDE, *arguments)
     reason = why_no_browser_tests()
     if reason is None:
         with timed("browser"):
-            closing += "\n" + pytest("-m", "browser", *arguments)
+            closing += "\n" + pytest("-m", "browser", *SIDE_BY_SIDE, *arguments)
     else:
         for file in browser_tests():
             say(f"skipped {file}: {reason}", step="browser")
@@ -347,10 +349,6 @@ def pytest(*arguments: str, log: str = "") -> str:
     if status := process.wait():
         raise StepError(f"pytest ended with status {status}: {last}")
     return last
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

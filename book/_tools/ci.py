@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from build import SIDE_BY_SIDE
 from console import duration, say
 from environment import ROOT, Environment, ensure_browser, ensure_latex
 
@@ -84,7 +85,12 @@ STAGES = [
     Stage("ledger", 1, lambda: [[PYTHON, "book/_ext/ledger.py"]], needs=("tests",)),
     Stage("pages", 17, lambda: [build("pages")], needs=("install", "fetch")),
     Stage("book", 11, lambda: [[*MAKE, "book"]], needs=("pages", "system")),
-    Stage("browser", 6, lambda: [[PYTHON, "-m", "pytest", "-m", "browser"]], needs=("book", "system")),
+    Stage(
+        "browser",
+        6,
+        lambda: [[PYTHON, "-m", "pytest", "-m", "browser", *SIDE_BY_SIDE]],
+        needs=("book", "system"),
+    ),
     Stage("slow test", 16, one_slow_test, needs=("install", "fetch")),
 ]
 
