@@ -174,6 +174,7 @@ def setup(app: Any) -> dict[str, Any]:
 
 
 def main() -> int:
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
     from generated import build_file
 
     try:
