@@ -63,6 +63,9 @@ def made(root: Path) -> Path:
 
         model = fetch("minilm", progress=False)
         write(model, load_tokenizer(model), folder)
+        for older in folder.parent.iterdir():
+            if older != folder:
+                shutil.rmtree(older, ignore_errors=True)
     return folder
 
 
@@ -84,28 +87,29 @@ class AttentionExplorer(SphinxDirective):
         inline, messages = self.state.inline_text(text, self.lineno)
         figure += nodes.caption(text, "", *inline)
         self.add_name(figure)
-        _pages(self.env).add(self.env.docname)
+        _pages(self.env)[self.env.docname] = key()
         return [figure, *messages]
 
 
-def _pages(env: BuildEnvironment) -> set[str]:
+def _pages(env: BuildEnvironment) -> dict[str, str]:
+    """The pages with an explorer, and the key of the still that each was read with."""
     if not hasattr(env, "explorer_pages"):
-        env.explorer_pages = set()  # type: ignore[attr-defined]
+        env.explorer_pages = {}  # type: ignore[attr-defined]
     return env.explorer_pages  # type: ignore[attr-defined, no-any-return]
 
 
 def _outdated(app: Sphinx, env: BuildEnvironment, added: set, changed: set, removed: set) -> list[str]:
-    """Read the pages again whose still is gone or made from older inputs."""
-    pages = _pages(env)
-    return list(pages) if pages and not (build_file(Path(app.srcdir), "explorer") / key()).exists() else []
+    """The pages whose still is gone, or was made from older inputs."""
+    folder = build_file(Path(app.srcdir), "explorer")
+    return [page for page, was in _pages(env).items() if was != key() or not (folder / was).exists()]
 
 
 def _purge(app: Sphinx, env: BuildEnvironment, docname: str) -> None:
-    _pages(env).discard(docname)
+    _pages(env).pop(docname, None)
 
 
 def _merge(app: Sphinx, env: BuildEnvironment, docnames: list[str], other: BuildEnvironment) -> None:
-    _pages(env).update(_pages(other) & set(docnames))
+    _pages(env).update({page: was for page, was in _pages(other).items() if page in docnames})
 
 
 def _scripts(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -134,4 +138,4 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("env-merge-info", _merge)
     app.connect("html-page-context", _scripts)
     app.connect("build-finished", _copy)
-    return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}
+    return {"version": "1", "env_version": 2, "parallel_read_safe": True, "parallel_write_safe": True}

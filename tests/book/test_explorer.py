@@ -375,3 +375,31 @@ def test_pdf_has_the_still(make_book: Any, tmp_path: Path, monkeypatch: pytest.M
     tex = next(made.out.glob("*.tex")).read_text("utf-8")
     assert re.search(r"\\includegraphics\{*still\}*\.pdf", tex) or r"{{still}.pdf}" in tex
     assert r"A \sphinxstyleemphasis{caption}." in tex
+
+
+def test_page_is_read_again_when_the_model_or_the_code_changes(
+    make_book: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scripts and the still carry the key of what they were made from; what is older goes."""
+    import explorer
+
+    def write(model: Path, tokenizer: Any, folder: Path) -> None:
+        (folder / "data").mkdir(parents=True)
+        for name in ("data/manifest.js", "still.svg"):
+            (folder / name).write_text(f"<svg xmlns='http://www.w3.org/2000/svg'/><!-- {folder.name} -->")
+
+    monkeypatch.setattr(explorer_data, "write", write)
+    monkeypatch.setattr("textbook_code.data.sources.fetch", lambda name, progress: tmp_path)
+    monkeypatch.setattr("textbook_code.data.text.load_tokenizer", lambda folder: None)
+    book = make_book(tmp_path, ("explorer",))
+    book.write({"index.md": PAGE, "other.md": "---\norphan: true\n---\n# Other\n"})
+    for now in ("one", "one", "two"):
+        monkeypatch.setattr(explorer, "key", lambda now=now: now)
+        made = book.build()
+        assert not made.warnings
+        text = made.text("index.html")
+        assert f'data-version="{now}"' in text
+        assert "attention-explorer" not in made.text("other.html")
+        assert now in made.text("_static/explorer/manifest.js")
+        assert now in made.text("_images/still.svg")
+        assert [path.name for path in (tmp_path / "_build" / "explorer").iterdir()] == [now]
