@@ -90,20 +90,29 @@ def proof() -> None:
         return
     with timed("proof") as tell:
         tell("comparing every model with its reference")
-        pytest("-q", "-m", "parity_row and not slow", log="proof")
+        pytest("-q", "-m", "parity_row and not slow", *SIDE_BY_SIDE, *proof_tests(), log="proof")
         stamp.write(inputs, made=[BUILD / "parity.json"])
 
 
+def proof_tests() -> list[str]:
+    """The files with tests that declare a row of the ledger."""
+    return [name for name in in_tests("test_*.py") if "@parity_row(" in (ROOT / name).read_text("utf-8")]
+
+
 def proof_inputs() -> str:
-    tests = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("*.py"))]
-    return digest(ROOT, [*PACKAGE, *(path for path in tests if "parity" in (ROOT / path).read_text("utf-8"))])
+    return digest(
+        ROOT, [*PACKAGE, *proof_tests(), "tests/parity.py", "tests/references.py", "tests/conftest.py"]
+    )
+
+
+def in_tests(pattern: str) -> list[str]:
+    return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob(pattern))]
 
 
 def pages() -> None:
     """Execute the pages whose cells or inputs changed."""
     from execute import Book, PagesFailedError
 
-    data(named_in_pages())
     book = Book(ROOT)
     with timed("pages") as tell:
         try:
@@ -162,6 +171,7 @@ def make_book(*, html: bool = True, pdf: bool = True) -> None:
     name = "book" if html and pdf else "html" if html else "pdf"
     stamp = stamp_of(name)
     with only_one(BUILD / ".lock"):
+        data(named_in_tests() | named_in_pages())
         proof()
         inputs = book_inputs()  # as it is now: what is edited from here on is for the next build
         pages()
@@ -239,8 +249,7 @@ def why_no_browser_tests() -> str | None:
 
 def browser_tests() -> list[str]:
     """The files with tests that need a browser."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(ROOT)) for file in files if "mark.browser" in file.read_text("utf-8")]
+    return [name for name in in_tests("test_*.py") if "mark.browser" in (ROOT / name).read_text("utf-8")]
 
 
 def named_in_tests() -> set[str]:
@@ -248,8 +257,8 @@ def named_in_tests() -> set[str]:
     from textbook_code.data.sources import SOURCES
 
     names = set()
-    for file in (ROOT / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for file in in_tests("*.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text("utf-8"))):
             if isinstance(node, ast.Constant) and node.value in SOURCES:
                 names.add(node.value)
     return names

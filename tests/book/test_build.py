@@ -73,6 +73,8 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     tex.mkdir()
     for name, value in {"BUILD": tmp_path / "_build", "HTML": html, "LATEX": tex, "ROOT": tmp_path}.items():
         monkeypatch.setattr(build, name, value)
+    for names in ("named_in_tests", "named_in_pages"):
+        monkeypatch.setattr(build, names, set)
     for step in ("proof", "pages"):
         monkeypatch.setattr(build, step, lambda step=step: done.append(step))
     monkeypatch.setattr(build, "sphinx", lambda name, with_pdf: done.append(f"{name} {with_pdf}"))
