@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,11 +126,10 @@ def _capped(command: list[str], seconds: float, closing: list[str]) -> int | Non
         start_new_session=True,
     )
 
-    def end(number: int = 0, frame: object = None) -> None:
-        os.killpg(process.pid, signal.SIGKILL)
+    def time_is_up(number: int, frame: object) -> None:
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, end)
+    signal.signal(signal.SIGALRM, time_is_up)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1))
     try:
         assert process.stdout is not None
@@ -139,10 +139,12 @@ def _capped(command: list[str], seconds: float, closing: list[str]) -> int | Non
                 closing.append(line.strip())  # pytest's own closing line
         return process.wait()
     except TimeoutError:
-        process.wait()
         return None
-    finally:
+    finally:  # over its time, interrupted or done: nothing of it goes on
         signal.setitimer(signal.ITIMER_REAL, 0)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main() -> int:
@@ -171,4 +173,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
