@@ -88,7 +88,7 @@ STAGES = [
     Stage("book", 11, lambda: [[*MAKE, "book"]], needs=("pages", "system")),
     Stage(
         "browser",
-        6,
+        10,
         lambda: [[PYTHON, "-m", "pytest", "-m", "browser", *SIDE_BY_SIDE]],
         needs=("book", "system"),
     ),
