@@ -111,7 +111,7 @@ def in_tests(pattern: str) -> list[str]:
 
 def pages() -> None:
     """Execute the pages whose cells or inputs changed."""
-    from execute import Book, PagesFailedError
+    from execute import Book, PagesFailedError, over_budget
 
     book = Book(ROOT)
     with timed("pages") as tell:
@@ -120,6 +120,11 @@ def pages() -> None:
         except PagesFailedError as failed:
             raise StepError(str(failed)) from None
         tell(f"{len(ran)} of {len(book.pages)} executed, the others were up to date")
+        slow = over_budget(book.state)
+        if slow and os.environ.get("CI"):  # a reader's machine may be slower than the one that checks
+            raise StepError("\n".join(slow))
+        for line in slow:
+            tell(line)
 
 
 def sphinx(builder: str, *, with_pdf: bool) -> None:

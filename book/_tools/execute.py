@@ -15,11 +15,12 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from myst_nb.core.read import is_myst_markdown_notebook, read_myst_markdown_note
 from myst_parser.config.main import MdParserConfig  # noqa: E402
 
 EXTENSIONS = ("colon_fence", "dollarmath", "linkify", "substitution", "tasklist")  # Jupyter Book's own
+PAGE_SECONDS, MEDIAN_SECONDS, BOOK_SECONDS = 60, 30, 30 * 60  # of processor time
 ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
 )
@@ -217,6 +219,11 @@ class Book:
             session.query(NbCacheRecord).filter_by(pk=record.pk).update({"data": data})
             session.commit()
 
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The content of execution.json."""
+        return dict(json.loads((self.build / "execution.json").read_text("utf-8")))
+
     def _write_state(self, failed: set[str]) -> None:
         """Write execution.json anew from the cache; unchanged content leaves the file as it is."""
         state = {}
@@ -233,6 +240,21 @@ class Book:
             part = out.with_name(f"{out.name}.{os.getpid()}.part")
             part.write_text(text, "utf-8")
             part.replace(out)
+
+
+def over_budget(state: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What in execution.json takes longer than the book allows itself, in words."""
+    seconds = {name: page["cpu_seconds"] for name, page in state.items() if "cpu_seconds" in page}
+    found = [
+        f"{name}: {taken:.0f} CPU-seconds, at most {PAGE_SECONDS} are allowed; make it an experiment"
+        for name, taken in seconds.items()
+        if taken > PAGE_SECONDS
+    ]
+    if seconds and (median := statistics.median(seconds.values())) > MEDIAN_SECONDS:
+        found.append(f"the median page takes {median:.0f} CPU-seconds, at most {MEDIAN_SECONDS} are allowed")
+    if (total := sum(seconds.values())) > BOOK_SECONDS:
+        found.append(f"all pages take {total:.0f} CPU-seconds, at most {BOOK_SECONDS} are allowed")
+    return found
 
 
 def _documents(toc: Path) -> list[str]:

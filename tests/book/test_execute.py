@@ -12,7 +12,7 @@ from pathlib import Path
 
 import execute
 import pytest
-from execute import Book, PagesFailedError
+from execute import Book, PagesFailedError, over_budget
 
 HEAD = """---
 jupytext:
@@ -131,6 +131,20 @@ def test_a_failing_page_is_named_with_its_cell_and_keeps_the_others(root: Path) 
     assert Book(root).execute() == ["pages/bad"]
     state = json.loads((root / "_build" / "execution.json").read_text())
     assert (state["pages/bad"]["status"], state["pages/good"]["status"]) == ("ok", "ok")
+
+
+def test_what_takes_too_long_is_said() -> None:
+    def said(*seconds: float) -> list[str]:
+        return [
+            line.split(":")[0]
+            for line in over_budget({str(i): {"cpu_seconds": s} for i, s in enumerate(seconds)})
+        ]
+
+    assert said(20, 59.9, 1) == []
+    assert said(20, 61, 1) == ["1"]
+    assert said(31, 32, 1) == ["the median page takes 31 CPU-seconds, at most 30 are allowed"]
+    assert said(*[29.0] * 70) == ["all pages take 2030 CPU-seconds, at most 1800 are allowed"]
+    assert over_budget({"failed": {"status": "failed"}}) == []
 
 
 def test_a_kernel_that_dies_is_a_failure(root: Path) -> None:
