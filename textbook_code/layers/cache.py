@@ -8,7 +8,7 @@ Book: attention-cache
 import torch
 from torch import Tensor
 
-from .checks import expect_dtype, expect_shape
+from .checks import expect_dtype, expect_ids, expect_shape
 
 
 class KVCache:
@@ -73,4 +73,30 @@ class KVCache:
         self.k[:, :, start:end] = k
         self.v[:, :, start:end] = v
         self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.stored
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Views (B, K, S, Dh) of all keys and all values stored so far.
+
+        Book: attention-cache
+        """
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, in this order; a row may be kept more than once.
+
+        Beam search continues the best hypotheses, and their pasts move with them.
+
+        Args:
+            rows: (B′,) integer ids of rows.
+
+        Raises:
+            TypeError: the ids are not integers.
+            ValueError: they are not of shape (B′,).
+
+        Book: attention-cache
+        """
+        expect_ids("rows", rows)
+        expect_shape("rows", rows, "B")
+        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
