@@ -29,10 +29,8 @@ from textbook_code.weights import Rule
 
 
 @dataclass(frozen=True)
-class BertConfig:
-    """The sizes of a BERT; the defaults are BERT-base, uncased.
-
-    The smaller sizes are those of Turc et al. (2019), and MiniLM's of Wang et al. (2020).
+class EncoderConfig:
+    """The sizes that BERT and the models built of its blocks share; the defaults are BERT-base's.
 
     Raises:
         ValueError: a size is not positive.
@@ -46,7 +44,6 @@ class BertConfig:
     num_heads: int = 12
     d_ff: int = 3072
     max_seq_len: int = 512
-    num_segments: int = 2
     norm_eps: float = 1e-12
     dropout: float = 0.1
     attn_dropout: float = 0.1
@@ -56,7 +53,68 @@ class BertConfig:
 
     @classmethod
     def _sized(cls, num_layers: int, d_model: int, num_heads: int, **other: Any) -> Self:
-        return cls(num_layers=num_layers, d_model=d_model, num_heads=num_heads, d_ff=4 * d_model, **other)
+        sizes = {"num_layers": num_layers, "d_model": d_model, "num_heads": num_heads, "d_ff": 4 * d_model}
+        return cls(**{**sizes, **other})
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position table."""
+        return self.max_seq_len
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of all embedding tables together: V + P (and the segments, where there are any)."""
+        return self.vocab_size + self.num_positions
+
+    def num_parameters(self) -> int:
+        r"""Numbers to train, with the masked-language head and without a pooler.
+
+        $$(R + 2)\,D + L\,(4D^2 + 2DF + 9D + F) + (D^2 + 3D + V),$$
+
+        with R rows in all tables; the output table is the input table and counted once.
+
+        Book: bert-block
+        """
+        D, F, V = self.d_model, self.d_ff, self.vocab_size
+        block = 4 * D * D + 2 * D * F + 9 * D + F
+        return (self.table_rows + 2) * D + self.num_layers * block + D * D + 3 * D + V
+
+    def flops(self, T: int) -> int:
+        r"""Operations of the matrix products in one forward pass of one text of T tokens, all T logits.
+
+        $$T\,\big( L\,(8D^2 + 4DF + 4TD) + 2D^2 + 2DV \big);$$
+
+        a multiply-add counts 2.
+
+        Raises:
+            ValueError: T is not between 1 and the longest sequence.
+
+        Book: bert-block
+        """
+        if not 0 < T <= self.max_seq_len:
+            raise ValueError(f"T: expected 1 to {self.max_seq_len} tokens (max_seq_len), got {T}")
+        D, F, V = self.d_model, self.d_ff, self.vocab_size
+        return T * (self.num_layers * (8 * D * D + 4 * D * F + 4 * T * D) + 2 * D * D + 2 * D * V)
+
+
+@dataclass(frozen=True)
+class BertConfig(EncoderConfig):
+    """The sizes of a BERT; the defaults are BERT-base, uncased.
+
+    The smaller sizes are those of Turc et al. (2019), and MiniLM's of Wang et al. (2020).
+
+    Raises:
+        ValueError: a size is not positive.
+
+    Book: encoder-only
+    """
+
+    num_segments: int = 2
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the tables of tokens, positions and segments together."""
+        return super().table_rows + self.num_segments
 
     @classmethod
     def bert_tiny(cls, **other: Any) -> Self:
@@ -93,6 +151,11 @@ class BertConfig:
         """6 layers of width 384 with 12 heads: the sentence encoder all-MiniLM-L6."""
         return cls._sized(6, 384, 12, **other)
 
+    @classmethod
+    def multilingual_e5_small(cls, **other: Any) -> Self:
+        """12 layers of width 384 with the vocabulary of XLM-R: Wang et al. (2024)."""
+        return cls._sized(12, 384, 12, **{"vocab_size": 250037, **other})
+
 
 class Block(nn.Module):
     r"""One post-norm encoder block: add, then normalise, after each of its two halves.
@@ -102,7 +165,7 @@ class Block(nn.Module):
     Book: bert-block
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.attn = Attention(config.d_model, config.num_heads, dropout=config.attn_dropout)
         self.attn_norm = LayerNorm(config.d_model, norm_eps=config.norm_eps)
@@ -122,28 +185,34 @@ class Block(nn.Module):
         return self.ffn_norm(x + self.dropout(self.ffn(x))), weights
 
 
-def _encoder(theirs: str = "", ours: str = "") -> tuple[Rule, ...]:
-    """Their names and ours, each under a prefix where the encoder is part of a larger model."""
+def encoder_rules(theirs: str = "", ours: str = "") -> tuple[Rule, ...]:
+    """Their names and ours, each under a prefix where the encoder is part of a larger model.
+
+    Book: bert-weights
+    """
     layer, block = theirs + "encoder.layer.{i}.", ours + "blocks.{i}."
     return (
         (theirs + "embeddings.word_embeddings.weight", ours + "token_embed.weight"),
         (theirs + "embeddings.position_embeddings.weight", ours + "pos_embed.weight"),
         (theirs + "embeddings.token_type_embeddings.weight", ours + "segment_embed.weight"),
         (theirs + "embeddings.position_ids", None),  # 0, 1, 2, …: stored by old versions
-        *_norm(theirs + "embeddings.LayerNorm", ours + "embed_norm"),
+        *norm_rules(theirs + "embeddings.LayerNorm", ours + "embed_norm"),
         (layer + "attention.self.query.{p}", block + "attn.q_proj.{p}"),
         (layer + "attention.self.key.{p}", block + "attn.k_proj.{p}"),
         (layer + "attention.self.value.{p}", block + "attn.v_proj.{p}"),
         (layer + "attention.output.dense.{p}", block + "attn.out_proj.{p}"),
-        *_norm(layer + "attention.output.LayerNorm", block + "attn_norm"),
+        *norm_rules(layer + "attention.output.LayerNorm", block + "attn_norm"),
         (layer + "intermediate.dense.{p}", block + "ffn.fc1.{p}"),
         (layer + "output.dense.{p}", block + "ffn.fc2.{p}"),
-        *_norm(layer + "output.LayerNorm", block + "ffn_norm"),
+        *norm_rules(layer + "output.LayerNorm", block + "ffn_norm"),
     )
 
 
-def _norm(theirs: str, ours: str) -> tuple[Rule, ...]:
-    """γ and β are `weight` and `bias`; the first released checkpoints call them by their Greek names."""
+def norm_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
+    """γ and β are `weight` and `bias`; the first released checkpoints call them by their Greek names.
+
+    Book: bert-weights
+    """
     return (
         (theirs + ".weight", ours + ".weight"),
         (theirs + ".bias", ours + ".bias"),
@@ -160,7 +229,7 @@ _NO_NSP_HEAD: Rule = ("cls.seq_relationship.{p}", None)
 _CLASSIFIER: Rule = ("classifier.{p}", "classifier.{p}")
 _MLM_HEAD: tuple[Rule, ...] = (
     ("cls.predictions.transform.dense.{p}", "mlm_head.dense.{p}"),
-    *_norm("cls.predictions.transform.LayerNorm", "mlm_head.norm"),
+    *norm_rules("cls.predictions.transform.LayerNorm", "mlm_head.norm"),
     ("cls.predictions.bias", "mlm_head.bias"),
 )
 _MLM_TIED = {
@@ -206,10 +275,10 @@ class Bert(_BertPretrained, nn.Module):
 
     hf_architecture = "BertModel"
     hf_weights = (
-        *_encoder(),
+        *encoder_rules(),
         _POOLER,
         # a pre-training checkpoint: the encoder stands under `bert.`, and its heads are not wanted
-        *_encoder("bert.", ""),
+        *encoder_rules("bert.", ""),
         ("bert.pooler.dense.{p}", "pooler.{p}"),
         *((theirs, None) for theirs, _ in _MLM_HEAD),
         *((theirs, None) for theirs in _MLM_TIED),
@@ -220,7 +289,7 @@ class Bert(_BertPretrained, nn.Module):
         super().__init__()
         self.config = config
         self.token_embed = TokenEmbedding(config.vocab_size, config.d_model)
-        self.pos_embed = LearnedPositions(config.max_seq_len, config.d_model)
+        self.pos_embed = LearnedPositions(config.num_positions, config.d_model)
         self.segment_embed = TokenEmbedding(config.num_segments, config.d_model)
         self.embed_norm = LayerNorm(config.d_model, norm_eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
@@ -255,28 +324,27 @@ class Bert(_BertPretrained, nn.Module):
 
         Book: encoder-only
         """
-        expect_shape("tokens", tokens, "B T")
+        attn_mask = check_texts(tokens, token_mask, self.config.max_seq_len)
         B, T = tokens.shape
-        if not 0 < T <= self.config.max_seq_len:
-            raise ValueError(
-                f"tokens: expected 1 to {self.config.max_seq_len} positions (max_seq_len), got {T}"
-            )
-        attn_mask = None
-        if token_mask is not None:
-            expect_bool("token_mask", token_mask)
-            expect_shape("token_mask", token_mask, "B T", B=B, T=T)
-            attn_mask = key_mask(token_mask)
         if segments is None:
             segments = torch.zeros_like(tokens)
         expect_shape("segments", segments, "B T", B=B, T=T)
 
-        x = self.token_embed(tokens) + self.pos_embed(T) + self.segment_embed(segments, name="segments")
+        positions = self.positions(T, token_mask)
+        x = self.token_embed(tokens) + positions + self.segment_embed(segments, name="segments")
         x = self.dropout(self.embed_norm(x))  # (B, T, D)
         collected = []
         for block in self.blocks:
             x, weights = block(x, attn_mask=attn_mask, need_weights=need_weights)
             collected.append(weights)
         return (x, collected) if need_weights else x
+
+    def positions(self, T: int, token_mask: Tensor | None) -> Tensor:
+        """The position vectors, (T, D): row t for the t-th place, whatever stands there.
+
+        Book: bert-embeddings
+        """
+        return self.pos_embed(T)
 
     def pool(self, hidden: Tensor) -> Tensor:
         r"""Summarise a text by its first token: $\tanh(W h_{[\mathrm{CLS}]} + b)$, (B, T, D) → (B, D).
@@ -290,6 +358,26 @@ class Bert(_BertPretrained, nn.Module):
         if self.pooler is None:
             raise ValueError("pooler: this Bert was built with pooler=False")
         return self.pooler(hidden[:, 0]).tanh()
+
+
+def check_texts(tokens: Tensor, token_mask: Tensor | None, max_seq_len: int) -> Tensor | None:
+    """Check a batch of texts (B, T) and its mask; returns who may be attended to, (B, 1, 1, T), or None.
+
+    Raises:
+        TypeError: a mask that is not boolean.
+        ValueError: a text that is empty or too long, or shapes that do not fit.
+
+    Book: bert-embeddings
+    """
+    expect_shape("tokens", tokens, "B T")
+    B, T = tokens.shape
+    if not 0 < T <= max_seq_len:
+        raise ValueError(f"tokens: expected 1 to {max_seq_len} positions (max_seq_len), got {T}")
+    if token_mask is None:
+        return None
+    expect_bool("token_mask", token_mask)
+    expect_shape("token_mask", token_mask, "B T", B=B, T=T)
+    return key_mask(token_mask)
 
 
 def initialise(model: nn.Module) -> None:
@@ -335,7 +423,7 @@ class MaskedLMHead(nn.Module):
     Book: bert-heads
     """
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.norm = LayerNorm(config.d_model, norm_eps=config.norm_eps)
@@ -353,7 +441,7 @@ class BertForMaskedLM(_BertPretrained, nn.Module):
     """
 
     hf_architecture = "BertForMaskedLM"
-    hf_weights = (*_encoder("bert.", "bert."), *_MLM_HEAD, _NO_POOLER, _NO_NSP_HEAD)
+    hf_weights = (*encoder_rules("bert.", "bert."), *_MLM_HEAD, _NO_POOLER, _NO_NSP_HEAD)
     hf_tied = _MLM_TIED
 
     def __init__(self, config: BertConfig) -> None:
@@ -378,7 +466,7 @@ class BertForPreTraining(_BertPretrained, nn.Module):
     """
 
     hf_architecture = "BertForPreTraining"
-    hf_weights = (*_encoder("bert.", "bert."), _POOLER_UNDER_HEAD, *_MLM_HEAD, _NSP_HEAD)
+    hf_weights = (*encoder_rules("bert.", "bert."), _POOLER_UNDER_HEAD, *_MLM_HEAD, _NSP_HEAD)
     hf_tied = _MLM_TIED
 
     def __init__(self, config: BertConfig) -> None:
@@ -398,38 +486,42 @@ class BertForPreTraining(_BertPretrained, nn.Module):
         return self.mlm_head(hidden, self.bert.token_embed), self.nsp_head(self.bert.pool(hidden))
 
 
-class _BertClassifier(_BertPretrained, nn.Module):
-    """An encoder with a dropout and one linear map to classes."""
+class EncoderClassifier(Pretrained):
+    """What classifiers on an encoder share: the number of classes, and being put on a trained encoder.
 
-    pooler: ClassVar[bool]
+    A subclass takes `(config, num_classes)`, keeps the encoder as the attribute that `body` names, and
+    ends in `self.classifier`.
 
-    def __init__(self, config: BertConfig, num_classes: int = 2) -> None:
-        super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
-        self.config = config
-        self.bert = Bert(config, pooler=self.pooler)
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.d_model, num_classes)
-        initialise(self.classifier)
+    Book: bert-heads
+    """
+
+    body: ClassVar[str]
+    classifier: nn.Linear
 
     @classmethod
-    def from_encoder(cls, bert: Bert, num_classes: int) -> Self:
+    def from_encoder(cls, encoder: Any, num_classes: int) -> Self:
         """Put a new, untrained head on a trained encoder, whose parts are shared, not copied.
 
         Raises:
+            TypeError: the encoder is not of the family that the head belongs to.
             ValueError: the head needs a pooler and the encoder has none.
 
         Book: bert-finetune
         """
-        model = cls(bert.config, num_classes)
-        model.classifier.to(bert.token_embed.weight)  # its dtype and device
-        for name, _ in model.bert.named_children():
-            if (part := getattr(bert, name)) is None:
+        model = cls(encoder.config, num_classes)
+        shell: nn.Module = getattr(model, cls.body)
+        if type(encoder) is not type(shell):
+            raise TypeError(
+                f"{cls.body}: expected a {type(shell).__name__} for {cls.__name__}, "
+                f"got {type(encoder).__name__}"
+            )
+        model.to(encoder.token_embed.weight)  # its dtype and device
+        for name, _ in shell.named_children():
+            if (part := getattr(encoder, name)) is None:
                 raise ValueError(
-                    f"bert: expected an encoder with a {name} for {cls.__name__}, got one without"
+                    f"{cls.body}: expected an encoder with a {name} for {cls.__name__}, got one without"
                 )
-            setattr(model.bert, name, part)
+            setattr(shell, name, part)
         return model
 
     @classmethod
@@ -446,6 +538,34 @@ class _BertClassifier(_BertPretrained, nn.Module):
         }
 
 
+def expect_classes(num_classes: int) -> None:
+    """Raise unless there are at least two classes to tell apart.
+
+    Raises:
+        ValueError: there are fewer.
+
+    Book: bert-heads
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+
+
+class _BertClassifier(EncoderClassifier, _BertPretrained, nn.Module):
+    """BERT with a dropout and one linear map to classes."""
+
+    body = "bert"
+    pooler: ClassVar[bool]
+
+    def __init__(self, config: BertConfig, num_classes: int = 2) -> None:
+        super().__init__()
+        expect_classes(num_classes)
+        self.config = config
+        self.bert = Bert(config, pooler=self.pooler)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, num_classes)
+        initialise(self.classifier)
+
+
 class BertForSequenceClassification(_BertClassifier):
     """One class for each text, read from the [CLS] pooler.
 
@@ -453,7 +573,7 @@ class BertForSequenceClassification(_BertClassifier):
     """
 
     hf_architecture = "BertForSequenceClassification"
-    hf_weights = (*_encoder("bert.", "bert."), _POOLER_UNDER_HEAD, _CLASSIFIER)
+    hf_weights = (*encoder_rules("bert.", "bert."), _POOLER_UNDER_HEAD, _CLASSIFIER)
     pooler = True
 
     def forward(
@@ -471,7 +591,7 @@ class BertForTokenClassification(_BertClassifier):
     """
 
     hf_architecture = "BertForTokenClassification"
-    hf_weights = (*_encoder("bert.", "bert."), _CLASSIFIER)
+    hf_weights = (*encoder_rules("bert.", "bert."), _CLASSIFIER)
     pooler = False
 
     def forward(
