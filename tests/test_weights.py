@@ -23,7 +23,7 @@ from textbook_code.models.text.bert import (
     BertForSequenceClassification,
     BertForTokenClassification,
 )
-from textbook_code.weights import WeightError, invert, load_safetensors, rename, save_safetensors
+from textbook_code.weights import Packed, WeightError, invert, load_safetensors, rename, save_safetensors
 
 RULES = (
     ("enc.layer.{i}.lin.{p}", "blocks.{i}.fc.{p}"),
@@ -108,6 +108,73 @@ def test_tied_tensors_must_be_equal_and_are_dropped():
 def test_invert_loses_nothing():
     with pytest.raises(WeightError, match=r"surplus\.weight: no rule leads to it"):
         invert({**OURS, "surplus.weight": torch.zeros(1)}, RULES)
+
+
+# ------------------------------------------------------------------------------------------------
+# Packed
+
+
+QKV = ("b.{i}.q.{p}", "b.{i}.k.{p}", "b.{i}.v.{p}")
+PACKED = (
+    Packed("h.{i}.qkv.{p}", QKV, transposed=True),
+    Packed("h.{i}.out.{p}", ("b.{i}.o.{p}",), transposed=True),
+    Packed("h.{i}.stack", ("b.{i}.one", "b.{i}.two")),
+)
+
+
+def packed_pair() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Ours, with parts of unequal height (as with shared key heads), and theirs."""
+    ours = {
+        "b.3.q.weight": torch.randn(6, 5),
+        "b.3.k.weight": torch.randn(2, 5),
+        "b.3.v.weight": torch.randn(2, 5),
+        "b.3.q.bias": torch.randn(6),
+        "b.3.k.bias": torch.randn(2),
+        "b.3.v.bias": torch.randn(2),
+        "b.3.o.weight": torch.randn(5, 6),
+        "b.3.one": torch.randn(3, 4, 2),
+        "b.3.two": torch.randn(1, 4, 2),
+    }
+    theirs = {
+        "h.3.qkv.weight": torch.cat([ours[f"b.3.{n}.weight"].T for n in "qkv"], dim=1),
+        "h.3.qkv.bias": torch.cat([ours[f"b.3.{n}.bias"] for n in "qkv"]),
+        "h.3.out.weight": ours["b.3.o.weight"].T,
+        "h.3.stack": torch.cat([ours["b.3.one"], ours["b.3.two"]]),
+    }
+    return ours, theirs
+
+
+def test_a_packed_tensor_is_cut_and_put_together_again_bit_for_bit():
+    ours, theirs = packed_pair()
+    renamed = rename(theirs, PACKED, expected={name: torch.empty_like(x) for name, x in ours.items()})
+    assert renamed.keys() == ours.keys() and all(torch.equal(renamed[name], ours[name]) for name in ours)
+    back = invert(ours, PACKED)
+    assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("h.3.qkv.weight", torch.zeros(10, 5), r"expected shape \(5, 10\) for .*q.*k.*v.*, got \(10, 5\)"),
+        ("h.3.qkv.bias", torch.zeros(9), r"h\.3\.qkv\.bias: expected shape \(10,\) for"),
+        ("h.3.out.weight", torch.zeros(5, 6), r"h\.3\.out\.weight: expected shape \(6, 5\)"),
+        ("h.3.stack", torch.zeros(4, 2, 4), r"h\.3\.stack: expected shape \(4, 4, 2\)"),
+        ("h.4.stack", torch.zeros(4, 4, 2), r"the model has no b\.4\.one\n.*the model has no b\.4\.two"),
+        ("h.3.qkv.weight", None, r"b\.3\.k\.weight: no tensor for it"),
+    ],
+)
+def test_a_packed_tensor_that_does_not_fit_is_named(name, value, message):
+    ours, theirs = packed_pair()
+    theirs = {key: x for key, x in theirs.items() if key != name} | ({} if value is None else {name: value})
+    with pytest.raises(WeightError, match=message):
+        rename(theirs, PACKED, expected=ours)
+
+
+def test_a_part_that_is_missing_is_named_on_the_way_back():
+    ours, _ = packed_pair()
+    del ours["b.3.k.weight"]
+    with pytest.raises(WeightError, match=r"b\.3\.q\.weight: expected b\.3\.k\.weight beside it"):
+        invert(ours, PACKED)
 
 
 # ------------------------------------------------------------------------------------------------

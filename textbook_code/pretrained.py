@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from .weights import Rule, WeightError, invert, load_safetensors, moved_into_place, rename, save_safetensors
+from .weights import (
+    Packed,
+    Rule,
+    WeightError,
+    invert,
+    load_safetensors,
+    moved_into_place,
+    rename,
+    save_safetensors,
+)
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -40,7 +49,7 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     hf_architecture: ClassVar[str]
     hf_config: ClassVar[Mapping[str, str]]
     hf_assumes: ClassVar[Mapping[str, Any]]
-    hf_weights: ClassVar[tuple[Rule, ...]]
+    hf_weights: ClassVar[tuple[Rule | Packed, ...]]
     hf_tied: ClassVar[Mapping[str, str]] = {}
     config: Any
 

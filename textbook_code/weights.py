@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,41 @@ Rule = tuple[str, str | None]
 """Their name and ours, with `{fields}` in common; ours is None where a tensor is not needed."""
 
 _FIELD = re.compile(r"\\\{(\w+)\\\}")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A rule for one tensor of theirs that holds several of ours, one below the other.
+
+    Read from right to left it stacks them again, bit for bit.
+
+    Args:
+        theirs: a template, as in a plain rule.
+        ours: the templates of its parts, in their order; each part takes as many rows as ours has.
+        transposed: whether they store matrices as (in, out), where `nn.Linear` has (out, in); a
+            vector is not affected.
+
+    Book: gpt-weights
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+
+    def unpack(self, tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Cut their tensor into ours, of `sizes` rows.
+
+        Book: gpt-weights
+        """
+        return list((tensor.t() if self.transposed else tensor).split(list(sizes)))
+
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put ours together as theirs.
+
+        Book: gpt-weights
+        """
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return whole.t() if self.transposed else whole
 
 
 class WeightError(ValueError):
@@ -35,17 +71,19 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(_FIELD.sub(group, re.escape(template)))
 
 
-def _rename_key(key: str, rules: Sequence[tuple[re.Pattern[str], str | None]]) -> tuple[bool, str | None]:
-    """(matched, new name) by the first rule that matches the whole key."""
-    for pattern, ours in rules:
+def _match(
+    key: str, rules: Sequence[tuple[re.Pattern[str], Rule | Packed]]
+) -> tuple[Rule | Packed | None, dict[str, str]]:
+    """The first rule that matches the whole key, and what its fields stand for."""
+    for pattern, rule in rules:
         if match := pattern.fullmatch(key):
-            return True, None if ours is None else ours.format(**match.groupdict())
-    return False, None
+            return rule, match.groupdict()
+    return None, {}
 
 
 def rename(
     state_dict: Mapping[str, Tensor],
-    rules: Iterable[Rule],
+    rules: Iterable[Rule | Packed],
     *,
     expected: Mapping[str, Tensor],
     tied: Mapping[str, str] | None = None,
@@ -54,7 +92,7 @@ def rename(
 
     A rule is a pair of templates, `("layer.{i}.query.{p}", "blocks.{i}.q_proj.{p}")`; the first
     that matches a whole key is used. A rule whose second half is None names a tensor that is
-    knowingly left out.
+    knowingly left out; a `Packed` rule cuts one tensor into several.
 
     Args:
         state_dict: the other implementation's tensors.
@@ -71,7 +109,7 @@ def rename(
 
     Book: bert-weights
     """
-    compiled = [(_pattern(theirs), ours) for theirs, ours in rules]
+    compiled = [(_pattern(rule.theirs if isinstance(rule, Packed) else rule[0]), rule) for rule in rules]
     wrong: list[str] = []
     renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
@@ -80,19 +118,27 @@ def rename(
             if twin is None or not torch.equal(twin, tensor):
                 wrong.append(f"{key}: expected it to equal {tied[key]}, to which this model ties it")
             continue
-        matched, ours = _rename_key(key, compiled)
-        if not matched:
+        rule, fields = _match(key, compiled)
+        if rule is None:
             wrong.append(f"{key}: no rule names it")
-        elif ours is not None and ours in renamed:
-            wrong.append(f"{key}: a second tensor for {ours}")
-        elif ours is not None and ours not in expected:
-            wrong.append(f"{key}: the model has no {ours}")
-        elif ours is not None and tensor.shape != expected[ours].shape:
-            wrong.append(
-                f"{key}: expected shape {tuple(expected[ours].shape)} for {ours}, got {tuple(tensor.shape)}"
-            )
-        if ours is not None:
-            renamed[ours] = tensor
+            continue
+        templates = rule.ours if isinstance(rule, Packed) else rule[1:]
+        names = [template.format(**fields) for template in templates if template is not None]
+        known = [name for name in names if name in expected and name not in renamed]
+        for name in names:
+            if name in renamed:
+                wrong.append(f"{key}: a second tensor for {name}")
+            elif name not in expected:
+                wrong.append(f"{key}: the model has no {name}")
+        parts = [tensor] * len(names)
+        if names and len(known) == len(names):
+            shape = _packed_shape([expected[name] for name in names], rule)
+            if tensor.shape != shape:
+                for_all = ", ".join(names)
+                wrong.append(f"{key}: expected shape {shape} for {for_all}, got {tuple(tensor.shape)}")
+            elif isinstance(rule, Packed):
+                parts = rule.unpack(tensor, [expected[name].size(0) for name in names])
+        renamed |= dict(zip(names, parts, strict=True))
     wrong += [f"{ours}: no tensor for it" for ours in expected if ours not in renamed]
     if wrong:
         shown = "\n  ".join(wrong[:20]) + (f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else "")
@@ -100,21 +146,39 @@ def rename(
     return renamed
 
 
-def invert(state_dict: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+def _packed_shape(parts: Sequence[Tensor], rule: Rule | Packed) -> tuple[int, ...]:
+    """The shape of the tensor of theirs that holds these of ours."""
+    shape = tuple(parts[0].shape)
+    if len(parts) > 1:
+        shape = (sum(part.size(0) for part in parts), *shape[1:])
+    return shape[::-1] if isinstance(rule, Packed) and rule.transposed else shape
+
+
+def invert(state_dict: Mapping[str, Tensor], rules: Iterable[Rule | Packed]) -> dict[str, Tensor]:
     """Rename our tensors to their names: the rules, read from right to left.
 
     Raises:
-        WeightError: a tensor of ours that no rule produces.
+        WeightError: a tensor of ours that no rule produces, or a part without which theirs is not
+            whole.
 
     Book: bert-weights
     """
-    compiled = [(_pattern(ours), theirs) for theirs, ours in rules if ours is not None]
-    renamed = {}
+    compiled: list[tuple[re.Pattern[str], Rule | Packed]] = []
+    for rule in rules:
+        templates = rule.ours if isinstance(rule, Packed) else rule[1:]
+        compiled += [(_pattern(template), rule) for template in templates if template is not None]
+    renamed: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        matched, theirs = _rename_key(key, compiled)
-        if not matched or theirs is None:
+        found, fields = _match(key, compiled)
+        if found is None:
             raise WeightError(f"{key}: no rule leads to it")
-        renamed[theirs] = tensor
+        if not isinstance(found, Packed):
+            renamed[found[0].format(**fields)] = tensor
+            continue
+        names = [template.format(**fields) for template in found.ours]
+        if lacking := [name for name in names if name not in state_dict]:
+            raise WeightError(f"{key}: expected {', '.join(lacking)} beside it")
+        renamed[found.theirs.format(**fields)] = found.pack([state_dict[name] for name in names])
     return renamed
 
 
