@@ -81,6 +81,8 @@ def expect_ids(name: str, ids: Tensor) -> None:
 def expect_sizes(config: Any) -> None:
     """Raise unless every integer field of a config, a dataclass, is at least 1.
 
+    Fields called `…_id` are no sizes: a token may have the id 0.
+
     Raises:
         ValueError: a size is zero or negative.
 
@@ -88,7 +90,7 @@ def expect_sizes(config: Any) -> None:
     """
     for field in fields(config):
         value = getattr(config, field.name)
-        if type(value) is int and value < 1:
+        if type(value) is int and value < 1 and not field.name.endswith("_id"):
             raise ValueError(f"{field.name}: expected at least 1, got {value}")
 
 

@@ -98,7 +98,22 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class BertConfig(EncoderConfig):
+class SegmentedConfig(EncoderConfig):
+    """The sizes of an encoder that is also told to which text of a pair a token belongs.
+
+    Book: bert-embeddings
+    """
+
+    num_segments: int = 2
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of the tables of tokens, positions and segments together."""
+        return super().table_rows + self.num_segments
+
+
+@dataclass(frozen=True)
+class BertConfig(SegmentedConfig):
     """The sizes of a BERT; the defaults are BERT-base, uncased.
 
     The smaller sizes are those of Turc et al. (2019), and MiniLM's of Wang et al. (2020).
@@ -108,13 +123,6 @@ class BertConfig(EncoderConfig):
 
     Book: encoder-only
     """
-
-    num_segments: int = 2
-
-    @property
-    def table_rows(self) -> int:
-        """Rows of the tables of tokens, positions and segments together."""
-        return super().table_rows + self.num_segments
 
     @classmethod
     def bert_tiny(cls, **other: Any) -> Self:
@@ -238,8 +246,13 @@ _MLM_TIED = {
 }
 
 
-class _BertPretrained(Pretrained):
-    config_class = BertConfig
+class BertPretrained(Pretrained):
+    """The published names of BERT's sizes, and what its code takes for granted.
+
+    Book: bert-weights
+    """
+
+    config_class: ClassVar[type[SegmentedConfig]] = BertConfig
     hf_config: ClassVar[dict[str, str]] = {
         "vocab_size": "vocab_size",
         "d_model": "hidden_size",
@@ -260,7 +273,7 @@ class _BertPretrained(Pretrained):
     }
 
 
-class Bert(_BertPretrained, nn.Module):
+class Bert(BertPretrained, nn.Module):
     r"""The encoder: embeddings, a norm, and `num_layers` post-norm blocks.
 
     $$x = \mathrm{LN}(E_{\mathrm{token}} + E_{\mathrm{position}} + E_{\mathrm{segment}}), \qquad
@@ -285,7 +298,7 @@ class Bert(_BertPretrained, nn.Module):
         _NO_NSP_HEAD,
     )
 
-    def __init__(self, config: BertConfig, *, pooler: bool = True) -> None:
+    def __init__(self, config: SegmentedConfig, *, pooler: bool = True) -> None:
         super().__init__()
         self.config = config
         self.token_embed = TokenEmbedding(config.vocab_size, config.d_model)
@@ -434,7 +447,7 @@ class MaskedLMHead(nn.Module):
         return token_embed.attend(self.norm(F.gelu(self.dense(hidden)))) + self.bias
 
 
-class BertForMaskedLM(_BertPretrained, nn.Module):
+class BertForMaskedLM(BertPretrained, nn.Module):
     """BERT that fills in masked tokens.
 
     Book: bert-mlm
@@ -459,7 +472,7 @@ class BertForMaskedLM(_BertPretrained, nn.Module):
         return self.mlm_head(hidden, self.bert.token_embed)
 
 
-class BertForPreTraining(_BertPretrained, nn.Module):
+class BertForPreTraining(BertPretrained, nn.Module):
     """BERT as it was pre-trained: masked tokens, and whether the second text follows the first.
 
     Book: bert-heads
@@ -515,7 +528,8 @@ class EncoderClassifier(Pretrained):
                 f"{cls.body}: expected a {type(shell).__name__} for {cls.__name__}, "
                 f"got {type(encoder).__name__}"
             )
-        model.to(encoder.token_embed.weight)  # its dtype and device
+        weight: Tensor = encoder.get_parameter("token_embed.weight")
+        model.to(device=weight.device, dtype=weight.dtype)
         for name, _ in shell.named_children():
             if (part := getattr(encoder, name)) is None:
                 raise ValueError(
@@ -550,7 +564,7 @@ def expect_classes(num_classes: int) -> None:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
 
 
-class _BertClassifier(EncoderClassifier, _BertPretrained, nn.Module):
+class _BertClassifier(EncoderClassifier, BertPretrained, nn.Module):
     """BERT with a dropout and one linear map to classes."""
 
     body = "bert"
