@@ -1,0 +1,4 @@
+"""How the weights are moved: schedules of the learning rate.
+
+Book: gpt-training
+"""
