@@ -49,8 +49,8 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     hf_architecture: ClassVar[str]
     hf_config: ClassVar[Mapping[str, str]]
     hf_assumes: ClassVar[Mapping[str, Any]]
-    hf_weights: ClassVar[tuple[Rule | Packed, ...]]
-    hf_tied: ClassVar[Mapping[str, str]] = {}
+    hf_weights: tuple[Rule | Packed, ...]
+    hf_tied: Mapping[str, str] = {}  # these two of a class, or of a model where its config decides
     config: Any
 
     @classmethod
