@@ -7,47 +7,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from parity import check_loading, loud_, parity_row, ragged_batch
+from parity import check_loading, loud_, parity_row
+from references import BART, bart_batches, bart_config
 from torch import Tensor, nn
 
 from textbook_code.layers.norms import LayerNorm
 from textbook_code.models.text.bart import Bart, BartForConditionalGeneration, BartForSequenceClassification
 from textbook_code.weights import WeightError
 
-BART: dict[str, Any] = {
-    "vocab_size": 97,
-    "d_model": 35,
-    "encoder_layers": 2,
-    "decoder_layers": 3,
-    "encoder_attention_heads": 5,
-    "decoder_attention_heads": 5,
-    "encoder_ffn_dim": 53,
-    "decoder_ffn_dim": 53,
-    "max_position_embeddings": 41,
-    "dropout": 0.07,
-    "attention_dropout": 0.03,
-    "activation_dropout": 0.11,
-    "classifier_dropout": 0.13,
-    "bos_token_id": 5,
-    "pad_token_id": 3,
-    "eos_token_id": 7,
-    "decoder_start_token_id": 11,
-    "forced_eos_token_id": 7,
-    "init_std": 0.05,
-}
-SOURCE = ragged_batch(97, (37, 23, 32, 3), max_len=39, pad_id=3)
-TARGET = ragged_batch(97, (29, 34, 1, 17), max_len=36, pad_id=3, seed=2)
+SOURCE, TARGET = bart_batches()
 ATTENTIONS = ["eager", "sdpa"]
 K_BIAS = r".*\.k_proj\.bias"  # shifts all scores of a query alike, and softmax does not see it
 
 
-def config(attention: str = "sdpa", **changes: Any) -> transformers.BartConfig:
-    return transformers.BartConfig(**{**BART, **changes}, attn_implementation=attention)
-
-
 def build(architecture: str, attention: str, **changes: Any) -> transformers.PreTrainedModel:
     """The reference, tiny, loud (its fixed bias too) and in float64."""
-    model = loud_(getattr(transformers, architecture)(config(attention, **changes)))
+    model = loud_(getattr(transformers, architecture)(bart_config(attn_implementation=attention, **changes)))
     if hasattr(model, "final_logits_bias"):
         z = torch.randn(model.final_logits_bias.shape, generator=torch.Generator().manual_seed(3))
         model.final_logits_bias.copy_(z)
@@ -134,7 +109,7 @@ def test_sequence_classification(parity):
 )
 def test_weights_load_strictly_both_ways(ours_class, theirs_class):
     def reference() -> transformers.PreTrainedModel:
-        return getattr(transformers, theirs_class)(config(encoder_layers=1, decoder_layers=2))
+        return getattr(transformers, theirs_class)(bart_config(encoder_layers=1, decoder_layers=2))
 
     tied = [key for key in ours_class.hf_tied if key in reference().state_dict()]
     assert len(tied) == (3 if ours_class is BartForConditionalGeneration else 2)
@@ -146,7 +121,7 @@ def test_a_table_that_is_not_tied_is_refused():
     for key in ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"):
         state = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
         state[key][13, 17] += 1
-        model = BartForConditionalGeneration.from_hf_config(config().to_dict())
+        model = BartForConditionalGeneration.from_hf_config(bart_config().to_dict())
         with pytest.raises(WeightError, match=f"{key}: expected it to equal model.shared.weight"):
             model.load_hf_state_dict(state)
 
@@ -214,17 +189,17 @@ def test_what_we_save_the_reference_reads(ours_class, theirs_class, tmp_path):
 @pytest.mark.parametrize("kind", [Bart, BartForConditionalGeneration, BartForSequenceClassification])
 def test_other_architectures_are_refused(kind, changes, message):
     with pytest.raises(WeightError, match=message):
-        kind.config_from_hf({**config().to_dict(), **changes})
+        kind.config_from_hf({**bart_config().to_dict(), **changes})
 
 
 def test_a_config_without_a_field_is_refused():
-    given = config().to_dict()
+    given = bart_config().to_dict()
     del given["max_position_embeddings"]
     with pytest.raises(WeightError, match="max_position_embeddings"):
         Bart.config_from_hf(given)
 
 
 def test_the_epsilon_that_no_config_names_is_the_references():
-    reference, model = transformers.BartModel(config()), Bart.from_hf_config(config().to_dict())
+    reference, model = transformers.BartModel(bart_config()), Bart.from_hf_config(bart_config().to_dict())
     theirs = {m.eps for m in reference.modules() if isinstance(m, nn.LayerNorm)}
     assert theirs == {m.norm_eps for m in model.modules() if isinstance(m, LayerNorm)} == {1e-5}
