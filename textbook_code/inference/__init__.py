@@ -1,0 +1,4 @@
+"""From logits to text; models come in as arguments.
+
+Book: generation
+"""
