@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cache import KVCache
-from .checks import expect_bool, expect_shape
+from .checks import expect_bool, expect_ids, expect_shape
 from .masks import key_mask
 from .positions import token_positions
 
@@ -50,17 +50,72 @@ def decoder_inputs(
     if cache is not None and len(cache) != num_layers:
         raise ValueError(f"cache: expected one for each of {num_layers} layers, got {len(cache)}")
     start = cache[0].length if cache else 0
-    if not 0 < T <= max_seq_len - start:
-        limit = f"max_seq_len={max_seq_len}" + (f", {start} of them cached" if start else "")
-        raise ValueError(f"tokens: expected 1 to {max_seq_len - start} positions ({limit}), got {T}")
+    expect_room("tokens", tokens, max_seq_len=max_seq_len, past=start)
     if token_mask is None:
         return torch.arange(start, start + T, device=tokens.device), None
-    expect_bool("token_mask", token_mask)
-    expect_shape("token_mask", token_mask, "B S", B=B, S=start + T)
-    if not bool((has_tokens := token_mask.any(1)).all()):
+    keys = real_key_mask("token_mask", token_mask, B, start + T)
+    return token_positions(token_mask)[:, start:], keys
+
+
+def expect_room(name: str, tokens: Tensor, *, max_seq_len: int, past: int = 0) -> None:
+    """Raise unless `tokens` is (B, T) with at least one position, and fits behind the `past` ones.
+
+    Raises:
+        ValueError: another shape, no position, or more than there is room for.
+
+    Book: attention-cache
+    """
+    expect_shape(name, tokens, "B T")
+    T, room = tokens.size(1), max_seq_len - past
+    if not 0 < T <= room:
+        behind = f", {past} of them cached" if past else ""
+        raise ValueError(
+            f"{name}: expected 1 to {room} positions (max_seq_len={max_seq_len}{behind}), got {T}"
+        )
+
+
+def real_key_mask(name: str, mask: Tensor | None, B: int, S: int) -> Tensor | None:
+    """The mask of the keys (B, 1, 1, S) from one of real tokens, in which no row may be empty.
+
+    Raises:
+        TypeError: the mask is not boolean.
+        ValueError: the mask is not of shape (B, S), or a row has no real token.
+
+    Book: attention-masks
+    """
+    if mask is None:
+        return None
+    expect_bool(name, mask)
+    expect_shape(name, mask, "B S", B=B, S=S)
+    has_tokens = mask.any(1)
+    if not bool(has_tokens.all()):
         empty = (~has_tokens).nonzero().flatten().tolist()
-        raise ValueError(f"token_mask: expected a real token in each row, got none in row {empty[0]}")
-    return token_positions(token_mask)[:, start:], key_mask(token_mask)
+        raise ValueError(f"{name}: expected a real token in each row, got none in row {empty[0]}")
+    return key_mask(mask)
+
+
+def shift_right(labels: Tensor, *, start_id: int, pad_id: int) -> Tensor:
+    """What a decoder reads that is to write `labels`: the start token, then all labels but the last.
+
+    Args:
+        labels: (B, T) integer ids; −100, which asks for nothing, becomes padding.
+        start_id: the token that begins every target.
+        pad_id: the token of padding.
+
+    Returns:
+        (B, T) ids.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: they are not of shape (B, T).
+
+    Book: encoder-decoder
+    """
+    expect_ids("labels", labels)
+    expect_shape("labels", labels, "B T")
+    start = labels.new_full((labels.size(0), 1), start_id)
+    shifted = torch.cat([start, labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_id)
 
 
 def last_hidden(hidden: Tensor, num_logits: int | None) -> Tensor:

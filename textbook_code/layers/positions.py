@@ -103,6 +103,8 @@ class SinusoidalPositions(nn.Module):
     Args:
         max_seq_len: how many positions are tabulated.
         d_model: D, even.
+        halves: all sines first, then all cosines, as in the paper's own code and in Marian's models:
+            the same numbers in another order of channels.
 
     Raises:
         ValueError: d_model is odd.
@@ -112,13 +114,14 @@ class SinusoidalPositions(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, max_seq_len: int, d_model: int) -> None:
+    def __init__(self, max_seq_len: int, d_model: int, *, halves: bool = False) -> None:
         super().__init__()
         if d_model % 2:
             raise ValueError(f"d_model: expected an even width (sine and cosine in pairs), got {d_model}")
         t = torch.arange(max_seq_len, dtype=torch.float64)[:, None]
         angle = t / 10000 ** (torch.arange(0, d_model, 2, dtype=torch.float64) / d_model)  # (T, D/2)
-        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (T, D)
+        waves = torch.stack([angle.sin(), angle.cos()], dim=1 if halves else 2)
+        table = waves.flatten(1)  # (T, D)
         self.register_buffer("weight", table.to(torch.get_default_dtype()), persistent=False)
 
     def forward(self, T: int, *, start: int = 0) -> Tensor:
