@@ -73,7 +73,7 @@ class TinyEncoderDecoder(nn.Module):
         self.encoded = 0
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
-            p.data = torch.randn(p.shape, generator=generator)
+            p.data = torch.randn(p.shape, generator=generator) / 2
 
     def make_cache(self, batch_size: int, max_seq_len: int, source_len: int) -> list[tuple[KVCache, KVCache]]:
         return [(KVCache(batch_size, 3, max_seq_len, 4), KVCache(batch_size, 3, source_len, 4))]
