@@ -232,6 +232,9 @@ def _tied(theirs: str) -> dict[str, str]:
     }
 
 
+_TIED = {**_tied(""), **_tied("model."), "lm_head.weight": "model.shared.weight"}
+
+
 class _BartPretrained(Pretrained):
     config_class = BartConfig
     hf_config: ClassVar[dict[str, str]] = {
@@ -302,11 +305,7 @@ class Bart(_BartPretrained, nn.Module):
 
     hf_architecture = "BartModel"
     hf_weights = (*_body("", ""), *_body("model.", ""), ("final_logits_bias", None))
-    hf_tied: ClassVar[dict[str, str]] = {
-        **_tied(""),
-        **_tied("model."),
-        "lm_head.weight": "model.shared.weight",
-    }
+    hf_tied = _TIED
 
     def __init__(self, config: BartConfig) -> None:
         super().__init__()
@@ -473,7 +472,7 @@ class BartForConditionalGeneration(_BartPretrained, nn.Module):
 
     hf_architecture = "BartForConditionalGeneration"
     hf_weights = (*_body("model.", "bart."), *_body("", "bart."), ("final_logits_bias", "logits_bias"))
-    hf_tied = Bart.hf_tied
+    hf_tied = _TIED
     logits_bias: Tensor
 
     def __init__(self, config: BartConfig) -> None:
