@@ -502,13 +502,14 @@ class BertForPreTraining(BertPretrained, nn.Module):
 class EncoderClassifier(Pretrained):
     """What classifiers on an encoder share: the number of classes, and being put on a trained encoder.
 
-    A subclass takes `(config, num_classes)`, keeps the encoder as the attribute that `body` names, and
-    ends in `self.classifier`.
+    A subclass takes `(config, num_classes)`, keeps an encoder of the class `encoder_class` as the
+    attribute that `body` names, and ends in `self.classifier`.
 
     Book: bert-heads
     """
 
     body: ClassVar[str]
+    encoder_class: ClassVar[type[nn.Module]]
     classifier: nn.Linear
 
     @classmethod
@@ -521,13 +522,11 @@ class EncoderClassifier(Pretrained):
 
         Book: bert-finetune
         """
+        if type(encoder) is not cls.encoder_class:
+            expected = f"expected a {cls.encoder_class.__name__} for {cls.__name__}"
+            raise TypeError(f"{cls.body}: {expected}, got {type(encoder).__name__}")
         model = cls(encoder.config, num_classes)
         shell: nn.Module = getattr(model, cls.body)
-        if type(encoder) is not type(shell):
-            raise TypeError(
-                f"{cls.body}: expected a {type(shell).__name__} for {cls.__name__}, "
-                f"got {type(encoder).__name__}"
-            )
         weight: Tensor = encoder.get_parameter("token_embed.weight")
         model.to(device=weight.device, dtype=weight.dtype)
         for name, _ in shell.named_children():
@@ -567,7 +566,7 @@ def expect_classes(num_classes: int) -> None:
 class _BertClassifier(EncoderClassifier, BertPretrained, nn.Module):
     """BERT with a dropout and one linear map to classes."""
 
-    body = "bert"
+    body, encoder_class = "bert", Bert
     pooler: ClassVar[bool]
 
     def __init__(self, config: BertConfig, num_classes: int = 2) -> None:

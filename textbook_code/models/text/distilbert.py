@@ -302,7 +302,7 @@ class DistilBertForSequenceClassification(EncoderClassifier, _DistilBertPretrain
     Book: distilbert-student
     """
 
-    body = "distilbert"
+    body, encoder_class = "distilbert", DistilBert
     hf_architecture = "DistilBertForSequenceClassification"
     hf_weights = (
         *_UNDER_HEAD,
@@ -333,7 +333,7 @@ class DistilBertForTokenClassification(EncoderClassifier, _DistilBertPretrained,
     Book: distilbert-tagger
     """
 
-    body = "distilbert"
+    body, encoder_class = "distilbert", DistilBert
     hf_architecture = "DistilBertForTokenClassification"
     hf_weights = (*_UNDER_HEAD, ("classifier.{p}", "classifier.{p}"))
 

@@ -182,7 +182,7 @@ class RobertaForSequenceClassification(EncoderClassifier, _RobertaPretrained, nn
     Book: roberta-heads
     """
 
-    body = "roberta"
+    body, encoder_class = "roberta", Roberta
     hf_architecture = "RobertaForSequenceClassification"
     hf_weights = (
         *_UNDER_HEAD,
@@ -213,7 +213,7 @@ class RobertaForTokenClassification(EncoderClassifier, _RobertaPretrained, nn.Mo
     Book: roberta-heads
     """
 
-    body = "roberta"
+    body, encoder_class = "roberta", Roberta
     hf_architecture = "RobertaForTokenClassification"
     hf_weights = (*_UNDER_HEAD, ("classifier.{p}", "classifier.{p}"))
 
