@@ -130,7 +130,7 @@ def _pip(route: Route, target: Path, scratch: Path) -> tuple[list[str], dict[str
     # -vv, because pip says nothing else about an index that it cannot reach when its retries are set to 0
     command += ["-vv", "--no-deps", "--ignore-requires-python", "--dest", str(target)]
     if route.archive.endswith(".whl"):
-        return [*command, "--only-binary", ":all:", route.spec], {}
+        return [*command, "--only-binary", ":all:", *_tags(route.archive), route.spec], {}
     stand_in = scratch / "stand-in"
     (stand_in / "setuptools").mkdir(parents=True)
     (stand_in / "setuptools" / "__init__.py").touch()
@@ -138,6 +138,15 @@ def _pip(route: Route, target: Path, scratch: Path) -> tuple[list[str], dict[str
     path = os.pathsep.join(filter(None, [str(stand_in), os.environ.get("PYTHONPATH")]))
     command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517", route.spec]
     return command, {"PYTHONPATH": path, "TEXTBOOK_CODE_SDIST": route.spec}
+
+
+def _tags(wheel: str) -> list[str]:
+    """What makes pip give the wheel of one platform on every other: we read it and never run it."""
+    pythons, abi, platforms = wheel.removesuffix(".whl").split("-")[-3:]
+    if platforms == "any":
+        return []
+    tags = [f"--platform={platform}" for platform in platforms.split(".")]
+    return [*tags, f"--implementation={pythons[:2]}", f"--python-version={pythons[2:]}", f"--abi={abi}"]
 
 
 def _npm(route: Route, target: Path, scratch: Path) -> tuple[list[str], dict[str, str]]:

