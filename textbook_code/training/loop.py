@@ -307,11 +307,7 @@ class _Keeper:
         """Where the last good state is, in words."""
         if self.folder is None:
             return "nothing is kept on disk"
-        return (
-            "and no checkpoint was written yet"
-            if saved is None
-            else f"the last checkpoint is of step {saved}"
-        )
+        return "no checkpoint is written yet" if saved is None else f"the last checkpoint is of step {saved}"
 
 
 def _line(line: Mapping[str, Any]) -> str:
