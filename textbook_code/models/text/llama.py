@@ -94,7 +94,7 @@ class LlamaConfig:
 
     @classmethod
     def _sized(
-        cls, num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, **other: Any
+        cls, num_layers: int, d_model: int, num_heads: int, num_kv_heads: int, d_ff: int, /, **other: Any
     ) -> Self:
         sizes = {
             "num_layers": num_layers,

@@ -59,7 +59,7 @@ class PalmConfig:
         expect_sizes(self)
 
     @classmethod
-    def _sized(cls, num_layers: int, num_heads: int, d_model: int, **other: Any) -> Self:
+    def _sized(cls, num_layers: int, num_heads: int, d_model: int, /, **other: Any) -> Self:
         sizes = {"num_layers": num_layers, "num_heads": num_heads, "d_model": d_model, "d_ff": 4 * d_model}
         return cls(**{**sizes, **other})
 
