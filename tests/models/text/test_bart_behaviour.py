@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 from parity import loud_, ragged_batch
+from references import bart_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.bart.modeling_bart import shift_tokens_right
 
+from textbook_code.inference.generate import generate
 from textbook_code.models.text.bart import (
     Bart,
     BartConfig,
@@ -107,6 +109,36 @@ def test_the_last_logits_alone():
     for n in (1, 4, 19):
         last = model.decode(TARGET.tokens, context, context_mask=SOURCE.token_mask, num_logits=n)
         torch.testing.assert_close(last, whole[:, -n:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_text_is_the_references(use_cache):
+    """Through the package's generation, ragged sources and rows that end at different steps."""
+    config = bart_config(forced_eos_token_id=None)
+    reference = loud_(transformers.BartForConditionalGeneration(config)).double().eval()
+    model = BartForConditionalGeneration.from_hf(reference)
+    want = reference.generate(
+        SOURCE.tokens,
+        attention_mask=SOURCE.token_mask.long(),
+        max_new_tokens=23,
+        do_sample=False,
+        num_beams=1,
+    )[:, 1:]  # less the start token
+    stop = int(want[0, 9])  # a token that does occur, so that a row ends early
+    for stop_tokens in ((), (stop,)):
+        got = generate(
+            model,
+            SOURCE.tokens,
+            token_mask=SOURCE.token_mask,
+            max_new_tokens=23,
+            stop_tokens=stop_tokens,
+            pad_id=3,
+            use_cache=use_cache,
+        )
+        ended = ((want == stop).cumsum(1) - (want == stop).long() > 0) & bool(stop_tokens)
+        expected = want.masked_fill(ended, 3)[:, : got.size(1)]
+        assert torch.equal(got, expected)
 
 
 def test_shift_right_is_the_references():
@@ -255,14 +287,14 @@ REAL = torch.ones(2, 7, dtype=torch.bool)
             GOOD,
             {"token_mask": torch.tensor([[True] * 7, [False] * 7])},
             ValueError,
-            r"token_mask: expected a real token in each row, rows \[1\] have none",
+            r"token_mask: expected a real token in each row, got none in row 1",
         ),
         (
             GOOD,
             GOOD,
             {"target_mask": torch.tensor([[False] * 7, [True] * 7])},
             ValueError,
-            r"target_mask: expected a real token in each row, rows \[0\] have none",
+            r"target_mask: expected a real token in each row, got none in row 0",
         ),
     ],
 )
@@ -284,10 +316,10 @@ def test_bad_caches_and_counts():
         model.decode(GOOD, context, cache=model.make_cache(2, 7, 7)[:2])
     cache = model.make_cache(2, 41, 7)
     model.decode(GOOD.repeat(1, 5), context, cache=cache)
-    with pytest.raises(ValueError, match=r"target: expected 1 to 6 positions .*35 cached\), got 7"):
+    with pytest.raises(ValueError, match=r"target: expected 1 to 6 positions .*35 of them cached\), got 7"):
         model.decode(GOOD, context, cache=cache)
     for n in (0, 8):
-        with pytest.raises(ValueError, match=rf"num_logits: expected 1 to 7, got {n}"):
+        with pytest.raises(ValueError, match=rf"num_logits: expected 1 to 7 .*got {n}"):
             model.decode(GOOD, context, num_logits=n)
     with pytest.raises(TypeError, match=r"labels: expected a tensor of integer ids"):
         model.shift_right(GOOD.float())

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from textbook_code.layers.attention import Attention
 from textbook_code.layers.cache import KVCache
-from textbook_code.layers.checks import expect_bool, expect_ids, expect_shape
+from textbook_code.layers.checks import expect_shape
+from textbook_code.layers.decoding import expect_room, last_hidden, real_key_mask, shift_right
 from textbook_code.layers.embeddings import TokenEmbedding
 from textbook_code.layers.feed_forward import FeedForward
-from textbook_code.layers.masks import key_mask
 from textbook_code.layers.norms import LayerNorm
 from textbook_code.layers.positions import LearnedPositions
 from textbook_code.pretrained import Pretrained
@@ -29,9 +29,6 @@ from textbook_code.weights import Rule, WeightError
 
 OFFSET = 2
 """Rows of the position table before the first position: text starts at row 2."""
-
-IGNORE = -100
-"""A label that stands for no token."""
 
 LayerCache = tuple[KVCache, KVCache]
 """Of one decoder block: its own keys and values, and those of the source."""
@@ -332,10 +329,8 @@ class Bart(_BartPretrained, nn.Module):
 
         Book: bart-model
         """
-        self._check_ids("tokens", tokens)
-        attn_mask = None
-        if token_mask is not None:
-            attn_mask = _key_mask("token_mask", token_mask, *tokens.shape)
+        expect_room("tokens", tokens, max_seq_len=self.config.max_seq_len)
+        attn_mask = real_key_mask("token_mask", token_mask, *tokens.shape)
         x = self.encoder.embed(self.token_embed(tokens))  # (B, S, D)
         for block in self.encoder.blocks:
             x = block(x, attn_mask=attn_mask)
@@ -371,18 +366,15 @@ class Bart(_BartPretrained, nn.Module):
         Book: bart-model
         """
         past = cache[0][0].length if cache is not None else 0
-        self._check_ids("target", target, past=past)
+        expect_room("target", target, max_seq_len=self.config.max_seq_len, past=past)
         B, T = target.shape
         expect_shape("context", context, "B S D", B=B, D=self.config.d_model)
         if cache is not None and len(cache) != len(self.decoder.blocks):
             raise ValueError(
                 f"cache: expected {len(self.decoder.blocks)} pairs, one a layer, got {len(cache)}"
             )
-        attn_mask = cross_mask = None
-        if target_mask is not None:
-            attn_mask = _key_mask("target_mask", target_mask, B, past + T)
-        if context_mask is not None:
-            cross_mask = _key_mask("context_mask", context_mask, B, context.size(1))
+        attn_mask = real_key_mask("target_mask", target_mask, B, past + T)
+        cross_mask = real_key_mask("context_mask", context_mask, B, context.size(1))
         x = self.decoder.embed(self.token_embed(target, name="target"), start=past)  # (B, T, D)
         for i, block in enumerate(self.decoder.blocks):
             layer = cache[i] if cache is not None else None
@@ -428,20 +420,7 @@ class Bart(_BartPretrained, nn.Module):
 
         Book: bart-start
         """
-        expect_ids("labels", labels)
-        expect_shape("labels", labels, "B T")
-        start = labels.new_full((labels.size(0), 1), self.config.decoder_start_id)
-        shifted = torch.cat([start, labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == IGNORE, self.config.pad_id)
-
-    def _check_ids(self, name: str, ids: Tensor, *, past: int = 0) -> None:
-        expect_shape(name, ids, "B T")
-        room = self.config.max_seq_len - past
-        if not 0 < ids.size(1) <= room:
-            raise ValueError(
-                f"{name}: expected 1 to {room} positions (max_seq_len={self.config.max_seq_len}"
-                f"{f', {past} cached' if past else ''}), got {ids.size(1)}"
-            )
+        return shift_right(labels, start_id=self.config.decoder_start_id, pad_id=self.config.pad_id)
 
 
 def initialise(model: nn.Module, *, pad_id: int | None = None) -> None:
@@ -512,11 +491,7 @@ class BartForConditionalGeneration(_BartPretrained, nn.Module):
         hidden = self.bart.decode(
             target, context, context_mask=context_mask, target_mask=target_mask, cache=cache
         )
-        if num_logits is not None:
-            if not 0 < num_logits <= hidden.size(1):
-                raise ValueError(f"num_logits: expected 1 to {hidden.size(1)}, got {num_logits}")
-            hidden = hidden[:, -num_logits:]
-        return self.bart.token_embed.attend(hidden) + self.logits_bias
+        return self.bart.token_embed.attend(last_hidden(hidden, num_logits)) + self.logits_bias
 
     def forward(
         self,
@@ -610,13 +585,3 @@ class BartForSequenceClassification(_BartPretrained, nn.Module):
 def _expect_positive(name: str, size: int) -> None:
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")
-
-
-def _key_mask(name: str, mask: Tensor, B: int, S: int) -> Tensor:
-    """Checked under the name that the caller knows, then as a mask of keys, (B, 1, 1, S)."""
-    expect_bool(name, mask)
-    expect_shape(name, mask, "B S", B=B, S=S)
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"{name}: expected a real token in each row, rows {empty} have none")
-    return key_mask(mask)
