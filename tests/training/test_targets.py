@@ -237,8 +237,8 @@ def test_the_papers_example() -> None:
     words = {word: i for i, word in enumerate(text.split(), start=10)}
     spelled = {i: word for word, i in words.items()}
     words |= {"<X>": 99, "<Y>": 98, "<Z>": 97}
-    inputs = [words[w] for w in "Thank you <X> me to your party <Y> week".split(" ")]
-    targets = [words[w] for w in "<X> for inviting <Y> last <Z>".split(" ")]
+    inputs = [words[w] for w in ["Thank", "you", "<X>", "me", "to", "your", "party", "<Y>", "week"]]
+    targets = [words[w] for w in ["<X>", "for", "inviting", "<Y>", "last", "<Z>"]]
     restored = fill_spans(torch.tensor(inputs), torch.tensor(targets), sentinels=[99, 98, 97])
     assert " ".join(spelled[i] for i in restored) == text
 
