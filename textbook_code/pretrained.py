@@ -129,13 +129,16 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
         return model.load_hf_state_dict(hf_model.state_dict()).eval()
 
     @classmethod
-    def from_pretrained(cls, path_or_name: str | Path, *, revision: str | None = None) -> Self:
+    def from_pretrained(
+        cls, path_or_name: str | Path, *, revision: str | None = None, **options: Any
+    ) -> Self:
         """Read `config.json` and safetensors from a folder, a source of this package, or the Hub.
 
         Args:
             path_or_name: a folder; the name of a source (`textbook-code fetch --list`); or a
                 model on the Hugging Face Hub, `owner/name`.
             revision: the commit on the Hub; pin it where a result must be repeatable.
+            **options: keyword arguments of the class itself, such as `pooler=False` of `Bert`.
 
         Returns:
             The model in eval mode.
@@ -156,7 +159,8 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
             raise WeightError(f"{config_file}: not readable as JSON ({error})") from error
         if not isinstance(theirs, dict):
             raise WeightError(f"{config_file}: expected a JSON object, got {type(theirs).__name__}")
-        model, state_dict = cls.from_hf_config(theirs), _read_weights(folder)
+        model = cls(cls.config_from_hf(theirs), **options) if options else cls.from_hf_config(theirs)
+        state_dict = _read_weights(folder)
         try:
             return model.load_hf_state_dict(state_dict).eval()
         except WeightError as error:

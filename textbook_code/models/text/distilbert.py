@@ -9,7 +9,7 @@ Paper: Sanh et al. (2019). Reference: transformers.DistilBertForMaskedLM and its
 Book: encoder-family
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -75,6 +75,14 @@ class _DistilBertPretrained(Pretrained):
         "activation": "gelu",
         "sinusoidal_pos_embds": False,
     }
+
+    @classmethod
+    def config_from_hf(cls, theirs: Mapping[str, Any]) -> DistilBertConfig:
+        """As in `Pretrained`; a dropout that is not named is the published one."""
+        ours = DistilBertConfig()
+        named = {key: getattr(ours, field) for field, key in cls.hf_config.items() if "dropout" in field}
+        config: DistilBertConfig = super().config_from_hf({**named, **theirs})
+        return config
 
     def config_to_hf(self) -> dict[str, Any]:
         if self.config.norm_eps != _EPS:
