@@ -346,11 +346,10 @@ class PalmForCausalLM(Pretrained, nn.Module):
 
         Book: palm-block
         """
-        vocab_size, d_model = hf_model[0].weight.shape
-        first = hf_model[1].fn
+        table, first = hf_model[0], hf_model[1].fn
         config = cls.config_class(
-            vocab_size=vocab_size,
-            d_model=d_model,
+            vocab_size=table.num_embeddings,
+            d_model=table.embedding_dim,
             num_layers=len(hf_model) - 3,
             num_heads=first.heads,
             head_dim=first.fused_dims[1],
