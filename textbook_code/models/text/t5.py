@@ -59,7 +59,7 @@ class T5Sizes:
         gated: two matrices with tanh-GELU in front of the third (version 1.1), or one with ReLU.
         tied: the output layer is the token table, and its input is scaled by 1/√D (version 1.0).
         num_buckets: rows of each stack's table of relative biases.
-        max_distance: where its last bucket begins.
+        max_distance: from here on, all distances share the last bucket.
         norm_eps: ε of every norm.
         dropout: of embeddings, attention weights, sublayers and the middle of the feed-forward.
         pad_id: token that fills up a batch.
