@@ -18,7 +18,7 @@ PACKAGE = Path(textbook_code.__file__).parent
 
 FLOORS = {  # room -> floor
     "layers": 1, "optim": 1, "hardware": 1, "data": 1, "weights": 1, "pretrained": 1,
-    "extras": 1, "imports": 1,
+    "extras": 1, "imports": 1, "checkpoints": 1,
     "models.text": 2, "models.vision": 2, "connect": 2,
     "models.multimodal": 3,
     "training": 4, "compression": 4, "inference": 4, "figures": 4, "recorded": 4,

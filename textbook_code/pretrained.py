@@ -132,11 +132,12 @@ class Pretrained(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
     def from_pretrained(
         cls, path_or_name: str | Path, *, revision: str | None = None, **options: Any
     ) -> Self:
-        """Read `config.json` and safetensors from a folder, a source of this package, or the Hub.
+        """Read `config.json` and safetensors from a folder, from this package, or from the Hub.
 
         Args:
-            path_or_name: a folder; the name of a source (`textbook-code fetch --list`); or a
-                model on the Hugging Face Hub, `owner/name`.
+            path_or_name: a folder; the name of a source (`textbook-code fetch --list`); that of a model
+                trained here (`textbook_code.checkpoints`), which is in half precision; or a model on the
+                Hugging Face Hub, `owner/name`.
             revision: the commit on the Hub; pin it where a result must be repeatable.
             **options: keyword arguments of the class itself, such as `pooler=False` of `Bert`.
 
@@ -189,12 +190,16 @@ def _locate(path_or_name: str | Path, revision: str | None) -> Path:
     """The folder that holds the model, fetched if need be."""
     if Path(path_or_name).is_dir():
         return Path(path_or_name)
+    from . import checkpoints
     from .data.sources import SOURCES, fetch
 
     name = str(path_or_name)
     if name in SOURCES:
         return fetch(name)
+    if name in (kept := checkpoints.names()):
+        return checkpoints.path(name)
     known = f"neither a folder nor a source ({', '.join(sorted(SOURCES))})"
+    known += f" nor a checkpoint of this package ({', '.join(kept)})" if kept else ""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or isinstance(path_or_name, Path):
         raise FileNotFoundError(f"path_or_name: {name!r} is {known}")
     from huggingface_hub import snapshot_download

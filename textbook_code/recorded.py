@@ -13,7 +13,14 @@ An experiment is a file `experiments/NAME.py` with
                                            its results; with `steps`, stops after so many of them
     summarise(config, runs)                what the book quotes, from the results of all arms
 
-and `NAME.json` beside it is what it gave.
+and, where it trains a model that the package is to carry (see `textbook_code.checkpoints`),
+
+    CHECKPOINT  {"name", "arm", "metric"}: the checkpoint's name, the arm whose model it is, and which of
+                that arm's results measures it; with "interval" the name of the result that bounds it
+    sample(config, model)                  a figure of the model that is quickly computed, as a test does
+
+in which case `run` returns for that arm the pair (results, model), or (results, model, tokenizer) where the
+model reads text. Only the command `run` keeps the model. And `NAME.json` beside it is what it gave.
 
     python -m textbook_code.recorded run NAME        run it and write the record; goes on where it stopped
     python -m textbook_code.recorded replay NAME     repeat the first steps and compare the losses
@@ -32,6 +39,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -185,11 +193,14 @@ def experiment(name: str) -> ModuleType:
     return module
 
 
-def record(name: str, *, kept: Path | None = None, quiet: bool = False) -> Recorded:
+def record(
+    name: str, *, kept: Path | None = None, quiet: bool = False, model_folder: Path | None = None
+) -> Recorded:
     """Run all arms of an experiment on one thread and return the record, which is not yet written.
 
     Each arm that is done is noted in the file `kept`, and a later call with the same file, config and
-    sources goes on with the next one.
+    sources goes on with the next one. The model of an experiment with a `CHECKPOINT` is written to
+    `model_folder`, if given, in half precision.
 
     Book: recorded-experiments
     """
@@ -202,9 +213,11 @@ def record(name: str, *, kept: Path | None = None, quiet: bool = False) -> Recor
             if arm in done:
                 continue
             log, started = Log(begin(arm)), time.process_time()
-            result = module.run(module.CONFIG, arm, log=log)
+            result, *model = _with_model(module, arm, module.run(module.CONFIG, arm, log=log))
             seconds = round(time.process_time() - started, 1)
             done[arm] = {"result": result, "losses": log.losses, "cpu_seconds": seconds}
+            if model and model_folder:
+                done[arm]["model"] = _keep_model(module, model_folder, *model)
             if kept:
                 _write(kept, {"key": key, "arms": done})
     runs = {arm: done[arm]["result"] for arm in module.arms(module.CONFIG)}
@@ -240,6 +253,62 @@ def save(recorded: Recorded) -> Path:
     path = folder() / f"{recorded.name}.json"
     _write(path, asdict(recorded))
     return path
+
+
+def _with_model(module: ModuleType, arm: str, returned: Any) -> tuple[Any, ...]:
+    """What an arm returned, as its results and, of the checkpoint's arm, the model and its tokenizer."""
+    wanted = getattr(module, "CHECKPOINT", {}).get("arm") == arm
+    if wanted != isinstance(returned, tuple):
+        expected = "a pair of results and model, being the checkpoint's" if wanted else "its results alone"
+        raise RecordError(f"run: expected of {arm} {expected}, got {type(returned).__name__}")
+    return returned if wanted else (returned,)
+
+
+def _keep_model(module: ModuleType, folder: Path, model: Any, tokenizer: Any = None) -> dict[str, Any]:
+    """Write the model beside the arms that are done; what the manifest is to say of it."""
+    from textbook_code import checkpoints
+
+    sample = module.sample(module.CONFIG, model) if hasattr(module, "sample") else None
+    checkpoints.export(model, folder, tokenizer=tokenizer)
+    return {"class": type(model).__name__, "sample": sample}
+
+
+def save_checkpoint(recorded: Recorded, kept: Path, model_folder: Path) -> Path | None:
+    """Take the model of an experiment with a `CHECKPOINT` into the package; None where there is no such.
+
+    Args:
+        recorded: what `record` returned.
+        kept, model_folder: as given to `record`.
+
+    Raises: RecordError when the model is not there, or the arm has no such result.
+
+    Book: recorded-experiments
+    """
+    from textbook_code import checkpoints
+
+    wanted = getattr(experiment(recorded.name), "CHECKPOINT", None)
+    if wanted is None:
+        return None
+    arm, metric = wanted["arm"], wanted["metric"]
+    about = json.loads(kept.read_text("utf-8"))["arms"][arm].get("model")
+    if about is None or not model_folder.is_dir():
+        raise RecordError(f"{recorded.name}: the model of {arm} was not kept; run it again with --restart")
+    result = recorded.runs[arm]
+    missing = [key for key in (metric, wanted.get("interval", metric)) if key not in result]
+    if missing:
+        raise RecordError(f"CHECKPOINT: {arm} has no {missing[0]!r}, expected one of {', '.join(result)}")
+    seed = re.search(r"seed-(\d+)", arm)
+    entry = {
+        "class": about["class"],
+        "experiment": recorded.name,
+        "arm": arm,
+        "seed": int(seed.group(1)) if seed else None,
+        "metric": metric,
+        "value": result[metric],
+        "interval": result[wanted["interval"]] if "interval" in wanted else None,
+        "sample": about["sample"],
+    }
+    return checkpoints.adopt(model_folder, wanted["name"], entry)
 
 
 def replay(name: str, *, steps: int = 20, arms: Sequence[str] | None = None) -> Replay:
@@ -442,10 +511,17 @@ def _act(options: argparse.Namespace) -> int:
     kept = work / f"{options.name}.{options.command}.json"
     if options.restart:
         kept.unlink(missing_ok=True)
-    new = record(options.name, kept=kept)
+    model_folder = work / f"{options.name}.model" if options.command == "run" else None
+    new = record(options.name, kept=kept, model_folder=model_folder)
+    if model_folder:
+        print(f"{save(new)}: {len(new.runs)} arms, {new.cpu_seconds:.0f} CPU-seconds")
+        if checkpoint := save_checkpoint(new, kept, model_folder):
+            print(
+                f"{checkpoint.name}: the model of {len(list(checkpoint.iterdir()))} files is in the package"
+            )
+        shutil.rmtree(model_folder, ignore_errors=True)
     kept.unlink(missing_ok=True)
     if options.command == "run":
-        print(f"{save(new)}: {len(new.runs)} arms, {new.cpu_seconds:.0f} CPU-seconds")
         print(json.dumps(new.results, indent=1, ensure_ascii=False))
         return 0
     old = load(options.name)
