@@ -175,10 +175,11 @@ def test_between_two_tokens_the_caller_may_train() -> None:
 
 
 def test_new_tokens_can_be_trained_on(kind: str) -> None:
-    new = generate(tiny(kind), PROMPTS, max_new_tokens=3)
-    table = nn.Embedding(29, 4)
-    table(new).sum().backward()
-    assert table.weight.grad is not None
+    for num_beams in (1, 2):
+        new = generate(tiny(kind), PROMPTS, max_new_tokens=3, num_beams=num_beams)
+        table = nn.Embedding(29, 4)
+        table(new).sum().backward()
+        assert table.weight.grad is not None
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
