@@ -98,8 +98,26 @@ def markdown(source: Source, used_by: Iterable[str] = ()) -> str:
         "their manifest: what `sha256sum` prints for all of them, sorted by path.",
         "",
         table(("File", "Number", "Size", "sha256"), files, (30, 11, 14, 45), kind="files"),
+        *_made_of(source),
     ]
     return "\n".join(out)
+
+
+def _made_of(source: Source) -> list[str]:
+    """What a conversion adds, where there is one."""
+    conversion = source.conversion
+    if conversion is None:
+        return []
+    names = [f"`{name}`" for name in conversion.files]
+    listed = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
+    library = f" It needs the library `{conversion.needs[0]}`." if conversion.needs else ""
+    return [
+        "",
+        "## Made of them",
+        "",
+        f"The first `fetch` converts these files, once, to {listed}, {size(conversion.size)} in all: the same "
+        f"values under the published names.{library}",
+    ]
 
 
 def _sentence(text: str) -> str:

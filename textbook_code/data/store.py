@@ -39,7 +39,7 @@ from textbook_code.extras import require
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from textbook_code.data.sources import Route, Source
+    from textbook_code.data.sources import Conversion, Route, Source
 
 _STAMP = ".verified.json"  # of the members
 _CONVERTED = ".converted.json"  # of the files made of them
@@ -131,7 +131,8 @@ def bring(source: Source, *, progress: bool = True, verify: bool = False) -> Pat
             if not _holds(folder, _STAMP, source.pinned, verify):
                 _unpack(source, root, folder, work, console)
             if source.conversion is not None:
-                _convert(source, folder, work, console)
+                _require_space(root, source.conversion.size, source.name)
+                _convert(source, source.conversion, folder, work, console)
     return folder
 
 
@@ -151,13 +152,12 @@ def _unpack(source: Source, root: Path, folder: Path, work: Path, console: Conso
     archive.unlink()
 
 
-def _convert(source: Source, folder: Path, work: Path, console: Console | None) -> None:
+def _convert(
+    source: Source, conversion: Conversion, folder: Path, work: Path, console: Console | None
+) -> None:
     """The files made of the members. The stamp comes last: without it, they are made again."""
     from textbook_code.data.convert import CONVERTERS
 
-    conversion = source.conversion
-    assert conversion is not None
-    _require_space(folder, conversion.size, source.name)
     made = work / "converted"
     made.mkdir()
     (folder / _CONVERTED).unlink(missing_ok=True)
@@ -168,6 +168,7 @@ def _convert(source: Source, folder: Path, work: Path, console: Console | None) 
         raise SourceError(f"{source.name}: the conversion wrote {names}, expected {list(conversion.files)}.")
     files = {name: FileStamp((made / name).stat().st_size, sha256_of(made / name)) for name in names}
     for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).replace(folder / name)
     _write_stamp(made / _CONVERTED, source.fingerprint, files)
     (made / _CONVERTED).replace(folder / _CONVERTED)
