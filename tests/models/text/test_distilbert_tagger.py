@@ -122,9 +122,9 @@ def test_the_shipped_graph_as_it_is_gives_nearly_the_same_tags():
     got, want = torch.cat(ours()), torch.cat(by_onnx(batches(), float_activations=False))
     same = got.argmax(-1) == want.argmax(-1)
     edits = (got.argmax(-1) != 0) | (want.argmax(-1) != 0)  # 0 is "$KEEP"
-    assert float(same.double().mean()) > 0.995  # measured: 0.9972 of 3,582 tokens
-    assert int(edits.sum()) > 100 and float(same[edits].double().mean()) > 0.85  # measured: 0.913
-    assert float((got - want).abs().max()) > 1  # measured: 11.5
+    assert float(same.double().mean()) > 0.99  # measured: 0.9962 of 3,200 tokens
+    assert int(edits.sum()) > 100 and float(same[edits].double().mean()) > 0.8  # measured: 0.892
+    assert float((got - want).abs().max()) > 1  # measured: 10.0
 
 
 def test_it_finds_the_slips():
@@ -139,8 +139,8 @@ def test_it_finds_the_slips():
         slip = WORD.search(text)
         token = tokenizer.encode(text).char_to_token(slip.start())
         put_right += row[token] == f"$REPLACE_{SLIPS[slip[0]]}"
-    assert put_right >= 95  # measured: 99 of 100
-    assert touched <= 10  # measured: 3 tokens in 100 sentences
+    assert put_right >= 95  # measured: 98 of 100
+    assert touched <= 10  # measured: 2 tokens in 100 sentences
 
 
 def test_the_file_is_the_published_size():
