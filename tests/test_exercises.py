@@ -115,7 +115,7 @@ def test_an_unknown_name_lists_the_close_ones(name: str, close: str) -> None:
 
 
 def test_an_unknown_page_and_a_wrong_type_are_named() -> None:
-    with pytest.raises(KeyError, match="page: got 'decoder', expected one of attention, .*encoder-only"):
+    with pytest.raises(KeyError, match=r"page: got 'decoder', expected one of attention, .*encoder-only"):
         list(exercises("decoder"))
     with pytest.raises(TypeError, match="name: got int"):
         check(3, 1)  # type: ignore[arg-type]
