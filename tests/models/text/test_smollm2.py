@@ -68,10 +68,11 @@ def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def reference_text(tokens: Tensor, mask: Tensor, count: int) -> Tensor:
     """Exactly `count` greedy tokens of transformers: no end is an end to it."""
-    plain = transformers.GenerationConfig(
-        max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+    model = theirs()
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    new = model.generate(
+        tokens, attention_mask=mask.long(), max_new_tokens=count, do_sample=False, pad_token_id=0
     )
-    new = theirs().generate(tokens, attention_mask=mask.long(), generation_config=plain)
     return new[:, tokens.size(1) :]
 
 
