@@ -327,7 +327,7 @@ EXERCISES = (
         title="How often is each text read?",
         stars=1,
         statement=r"""
-            Languages have `sizes` examples each and are drawn by equation {eq}`eq-language-sampling` with
+            Languages have `sizes` examples each and are drawn by equation {eq}`eq-mt5-mixture` with
             exponent `alpha`. Training takes `draws` examples in all. Return, for each language, how many
             times each of its examples is read on average.
         """,
