@@ -54,6 +54,12 @@ CONFIG = {
 DATA: list[str] = []
 TOLERANCE = {"loss": 1e-3, "results": 0.15}
 REPLAY = ["alpha-0.3/seed-0", "alone-pt/seed-0"]
+CHECKPOINT = {
+    "name": "mt5-numbers",
+    "arm": "alpha-0.3/seed-0",
+    "metric": "small_right",
+    "interval": "interval",
+}
 PAD, EOS, IGNORE = 0, 1, -100
 
 
@@ -63,15 +69,23 @@ def arms(config: dict) -> list[str]:
     return [f"{kind}/seed-{seed}" for seed in config["seeds"] for kind in joint + alone]
 
 
-def run(config: dict, arm: str, *, steps: int | None = None, log) -> dict:
+def run(config: dict, arm: str, *, steps: int | None = None, log) -> dict | tuple:
     """Train one arm; returns, for each language, which held-out numbers it writes exactly right."""
     model, curve = trained(config, arm, steps=steps, log=log)
     if steps is not None:
         return {}
     _, held_out = split(config)
     answers = {language: written(model, config, held_out, language) for language in languages(config, arm)}
-    return {
+    small = [
+        [float(word == in_words(n, language)) for n, word in zip(held_out, answers[language], strict=True)]
+        for language in config["small"]
+        if language in answers
+    ]
+    measured = interval(torch.tensor(small).mean(0), config)
+    result = {
         "parameters": sum(p.numel() for p in model.parameters()),
+        "small_right": measured["mean"],
+        "interval": [measured["low"], measured["high"]],
         "curve": curve,
         "right": {
             language: "".join(
@@ -88,6 +102,18 @@ def run(config: dict, arm: str, *, steps: int | None = None, log) -> dict:
             if language in config["small"]
         },
     }
+    return (result, model, make_tokenizer(config)) if arm == CHECKPOINT["arm"] else result
+
+
+def sample(config: dict, model: Mt5ForConditionalGeneration) -> float:
+    """The loss of held-out numbers in Portuguese, in nats a piece."""
+    tokenizer, (_, held_out) = make_tokenizer(config), split(config)
+    tokens = padded([source(n, "pt", tokenizer) for n in held_out[:50]], PAD)
+    pieces = [[*tokenizer.encode(in_words(n, "pt")).ids, EOS] for n in held_out[:50]]
+    labels = padded(pieces, IGNORE)
+    with torch.no_grad():
+        logits = model.float().eval()(tokens, model.shift_right(labels), token_mask=tokens != PAD)
+    return round(F.cross_entropy(logits.mT, labels, ignore_index=IGNORE).item(), 4)
 
 
 def trained(config: dict, arm: str, *, steps: int | None = None, log):
@@ -269,25 +295,23 @@ def parts(n: int) -> set[str]:
     return found | ({f"{tens}0"} if tens else set()) | ({str(ones)} if ones or n == 0 else set())
 
 
+def interval(values: Tensor, config: dict) -> dict[str, float]:
+    """The mean over numbers, with a 95 % interval from a bootstrap over them."""
+    draws = torch.Generator().manual_seed(5)
+    picks = torch.randint(len(values), (config["bootstrap"], len(values)), generator=draws)
+    low, high = torch.quantile(values[picks].mean(1), torch.tensor([0.025, 0.975])).tolist()
+    return {"mean": round(values.mean().item(), 4), "low": round(low, 4), "high": round(high, 4)}
+
+
 def summarise(config: dict, runs: dict) -> dict:
     """Shares of right answers, with 95 % intervals from a bootstrap over numbers; and what the errors are."""
     read, held_out = split(config)
-    seeds, draws = config["seeds"], torch.Generator().manual_seed(5)
-    picks = torch.randint(len(held_out), (config["bootstrap"], len(held_out)), generator=draws)
+    seeds = config["seeds"]
 
     def right(kind: str, language: str) -> Tensor:
         """(numbers,) the share of seeds that got each number right."""
         rows = [runs[f"{kind}/seed-{seed}"]["right"][language] for seed in seeds]
         return torch.tensor([[float(c) for c in row] for row in rows]).mean(0)
-
-    def interval(values: Tensor) -> dict[str, float]:
-        means = values[picks].mean(1)
-        low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
-        return {
-            "mean": round(values.mean().item(), 4),
-            "low": round(low, 4),
-            "high": round(high, 4),
-        }
 
     def errors(kind: str, language: str) -> dict[str, int]:
         total: dict[str, int] = {}
@@ -307,10 +331,12 @@ def summarise(config: dict, runs: dict) -> dict:
         "parameters": runs[f"{joint[0]}/seed-{seeds[0]}"]["parameters"],
         "pieces": tokenizer.get_vocab_size(),
         "right": {
-            kind: {language: interval(right(kind, language)) for language in config["examples"]}
+            kind: {language: interval(right(kind, language), config) for language in config["examples"]}
             for kind in joint
         },
-        "alone": {language: interval(right(f"alone-{language}", language)) for language in config["small"]},
+        "alone": {
+            language: interval(right(f"alone-{language}", language), config) for language in config["small"]
+        },
         "alone_best": {  # the best of all evaluations of each seed: kinder to the baseline than any choice
             language: round(
                 sum(max(runs[f"alone-{language}/seed-{seed}"]["curve"][language]) for seed in seeds)
@@ -321,17 +347,19 @@ def summarise(config: dict, runs: dict) -> dict:
         },
         "gain": {
             kind: {
-                language: interval(right(kind, language) - right(f"alone-{language}", language))
+                language: interval(right(kind, language) - right(f"alone-{language}", language), config)
                 for language in config["small"]
             }
             for kind in joint
         },
-        "small": {kind: interval(mean_of(kind, config["small"])) for kind in joint},
-        "large": {kind: interval(mean_of(kind, large)) for kind in joint},
+        "small": {kind: interval(mean_of(kind, config["small"]), config) for kind in joint},
+        "large": {kind: interval(mean_of(kind, large), config) for kind in joint},
         "against_alpha_1": {
             kind: {
-                "small": interval(mean_of(kind, config["small"]) - mean_of(joint[0], config["small"])),
-                "large": interval(mean_of(kind, large) - mean_of(joint[0], large)),
+                "small": interval(
+                    mean_of(kind, config["small"]) - mean_of(joint[0], config["small"]), config
+                ),
+                "large": interval(mean_of(kind, large) - mean_of(joint[0], large), config),
             }
             for kind in joint[1:]
         },
