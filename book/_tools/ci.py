@@ -78,11 +78,11 @@ def one_slow_test() -> list[list[str]]:
 
 
 STAGES = [
-    Stage("system", 6, system),
-    Stage("install", 10, lambda: [install(), [PYTHON, "-c", CHECK_WHEEL]]),
-    Stage("lint", 2, lambda: [build("lint")], needs=("install",)),
-    Stage("fetch", 2, lambda: [build("fetch")], needs=("install",)),
-    Stage("tests", 12, lambda: [[*MAKE, "test"]], needs=("install", "fetch")),
+    Stage("system", 5, system),
+    Stage("install", 9, lambda: [install(), [PYTHON, "-c", CHECK_WHEEL]]),
+    Stage("lint", 3, lambda: [build("lint")], needs=("install",)),
+    Stage("fetch", 5, lambda: [build("fetch")], needs=("install",)),
+    Stage("tests", 13, lambda: [[*MAKE, "test"]], needs=("install", "fetch")),
     Stage("ledger", 1, lambda: [[PYTHON, "book/_ext/ledger.py"]], needs=("tests",)),
     Stage("pages", 17, lambda: [build("pages")], needs=("install", "fetch")),
     Stage("book", 11, lambda: [[*MAKE, "book"]], needs=("pages", "system")),
@@ -92,7 +92,7 @@ STAGES = [
         lambda: [[PYTHON, "-m", "pytest", "-m", "browser", *SIDE_BY_SIDE]],
         needs=("book", "system"),
     ),
-    Stage("slow test", 16, one_slow_test, needs=("install", "fetch")),
+    Stage("slow test", 14, one_slow_test, needs=("install", "fetch")),
 ]
 
 
