@@ -516,9 +516,7 @@ def _act(options: argparse.Namespace) -> int:
     if model_folder:
         print(f"{save(new)}: {len(new.runs)} arms, {new.cpu_seconds:.0f} CPU-seconds")
         if checkpoint := save_checkpoint(new, kept, model_folder):
-            print(
-                f"{checkpoint.name}: the model of {len(list(checkpoint.iterdir()))} files is in the package"
-            )
+            print(f"{checkpoint.name}: the package carries it")
         shutil.rmtree(model_folder, ignore_errors=True)
     kept.unlink(missing_ok=True)
     if options.command == "run":
