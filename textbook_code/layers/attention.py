@@ -106,6 +106,8 @@ def fused_attention(
     mask = None if by_kernel else _with_causal(attn_mask, causal, q, k)
     if score_bias is not None:
         mask = score_bias if mask is None else score_bias.masked_fill(~mask, -torch.inf)
+    if mask is not None and mask.dim() == 3:
+        mask = mask[None]  # given three axes, torch falls back to its slow path
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=by_kernel
     )
