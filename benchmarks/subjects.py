@@ -1,7 +1,7 @@
-"""What is compared: the same layer or model three times, with the same weights.
+"""What is compared: the same layer or model twice or three times, with the same weights.
 
-A subject is called with its input and gives its output, (B, T, D). Each peer is handed our weights, so that
-its output must equal ours; `run.py` checks this before it times anything.
+A subject is called with its input and gives its output. It has the weights of its peers, so that the outputs
+must be equal; `__main__` checks this before it times anything.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks import decoding
+from benchmarks.families import BATCH, FAMILIES, LENGTH, Published
 from textbook_code.layers.attention import Attention
 from textbook_code.models.text.bert import Bert, BertConfig
 
 SIZES = ((8, 128), (1, 512))  # batch, length
-OURS, TRANSFORMERS, TORCH = "textbook_code", "transformers", "torch.nn"
+OURS, TRANSFORMERS, TORCH, PUBLISHED = "textbook_code", "transformers", "torch.nn", "published"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare at one size, in evaluation (`forward`) or in training (`step`)."""
+    """One thing to compare at one size: evaluation (`forward`), training (`step`) or writing (`decode`)."""
 
     model: str
     mode: str
@@ -28,9 +30,29 @@ class Case:
 
     @property
     def what(self) -> str:
-        name = {"attention": "Attention", "bert": "BERT"}[self.model]
+        if self.mode == "decode":
+            return f"SmolLM2, {decoding.NEW} tokens with cache, {self.model}"
+        known = {"attention": "Attention", "bert": "BERT"}
+        name = known.get(self.model) or FAMILIES[self.model].called
         mode = {"forward": "forward", "step": "training step"}[self.mode]
         return f"{name}, {mode}, {self.batch} × {self.length}"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        if self.mode == "decode":
+            return (TRANSFORMERS,)
+        return (PUBLISHED,) if self.model in FAMILIES else (TRANSFORMERS, TORCH)
+
+    @property
+    def with_memory(self) -> bool:
+        """Whether the memory is measured too, in processes of their own, which takes its time."""
+        return self.model in ("attention", "bert")
+
+    def peer(self, who: str) -> str:
+        """The peer's name, as a row tells it."""
+        if self.mode == "decode":
+            return decoding.PEER
+        return FAMILIES[self.model].peer if self.model in FAMILIES else PEERS[self.model, who]
 
 
 CASES = [
@@ -39,6 +61,8 @@ CASES = [
     for mode in ("forward", "step")
     for batch, length in SIZES
 ]
+CASES += [Case(model, mode, BATCH, LENGTH) for model in FAMILIES for mode in ("forward", "step")]
+CASES += [Case(dtype, "decode", 1, decoding.PROMPT) for dtype in ("float32", "bfloat16")]
 
 PEERS = {
     ("attention", TRANSFORMERS): "transformers, BertSelfAttention (SDPA) and its output layer",
@@ -123,6 +147,10 @@ class TorchBert(nn.Module):
 def build(case: Case, who: str, *, seed: int = 0) -> tuple[Callable[[], Tensor], Tensor]:
     """The work to time, and the output in evaluation mode that all subjects of a case must share."""
     torch.manual_seed(seed)
+    if case.mode == "decode":
+        return decoding.build(who, getattr(torch, case.model), OURS)
+    if case.model in FAMILIES:
+        return _work(case, *_family(case, who))
     if case.model == "attention":
         config = BertConfig.minilm_l6()
         ours: nn.Module = Attention(config.d_model, config.num_heads, dropout=config.dropout)
@@ -134,29 +162,44 @@ def build(case: Case, who: str, *, seed: int = 0) -> tuple[Callable[[], Tensor],
             nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.05)
         peers = {TRANSFORMERS: TransformersBert, TORCH: TorchBert}
         x = torch.randint(ours.config.vocab_size, (case.batch, case.length))
-    model = ours if who == OURS else peers[who](ours)
-    with torch.inference_mode():
-        output = model.eval()(x)
-    return (forward(model, x) if case.mode == "forward" else training_step(model, x)), output
+    return _work(case, ours if who == OURS else peers[who](ours), x)
 
 
-def forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def _family(case: Case, who: str) -> tuple[nn.Module, ...]:
+    """The model and its texts; the reference is loud, for biases of 0 and norms of 1 would hide mistakes."""
+    family = FAMILIES[case.model]
+    reference = family.reference()
+    for parameter in reference.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.05)
+    texts = torch.randint(5, 4000, (1 + family.two_texts, case.batch, case.length))
+    if who != OURS:
+        return Published(reference), *texts
+    return family.ours.from_hf(reference), *texts
+
+
+def _work(case: Case, model: nn.Module, *texts: Tensor) -> tuple[Callable[[], Tensor], Tensor]:
+    with torch.no_grad():  # a peer that keeps something here must be able to train with it
+        output = model.eval()(*texts)
+    return (forward if case.mode == "forward" else training_step)(model, *texts), output
+
+
+def forward(model: nn.Module, *texts: Tensor) -> Callable[[], Tensor]:
     model.eval()
 
     def work() -> Tensor:
         with torch.inference_mode():
-            return model(x)
+            return model(*texts)
 
     return work
 
 
-def training_step(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def training_step(model: nn.Module, *texts: Tensor) -> Callable[[], Tensor]:
     """Forward with dropout, backward, one step of plain SGD; a richer optimizer would be the same for all."""
     model.train()
     parameters = list(model.parameters())
 
     def work() -> Tensor:
-        loss = model(x).square().mean()
+        loss = model(*texts).square().mean()
         loss.backward()
         with torch.no_grad():
             for parameter in parameters:
