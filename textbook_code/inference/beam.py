@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layers.checks import expect_shape
+from textbook_code.layers.checks import expect_shape
 
 
 class Beams:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import expect_bool, expect_ids, expect_shape
+from textbook_code.layers.checks import expect_bool, expect_ids, expect_shape
 from .beam import Beams
 from .sampling import check_filters, next_tokens
 

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..layers.checks import expect_shape
+from textbook_code.layers.checks import expect_shape
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:

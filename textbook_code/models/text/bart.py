@@ -1,7 +1,7 @@
 """BART: an encoder that reads a damaged text and a decoder that writes the whole one.
 
-In this file: the config and its published sizes, the two blocks, the two stacks, the model with its
-heads, and the table that maps published weights to ours.
+In this file: the config and its published sizes, the two stacks, the model with its heads, and the
+table that maps published weights to ours. The blocks are the first Transformer's.
 
 B batch, S source length, T target length, D d_model, F d_ff, H heads, V vocabulary, C classes.
 Paper: Lewis et al. (2020). Reference: transformers.BartForConditionalGeneration and its relatives.
@@ -16,22 +16,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from textbook_code.layers.attention import Attention
 from textbook_code.layers.cache import KVCache
 from textbook_code.layers.checks import expect_shape
 from textbook_code.layers.decoding import expect_room, last_hidden, real_key_mask, shift_right
 from textbook_code.layers.embeddings import TokenEmbedding
-from textbook_code.layers.feed_forward import FeedForward
 from textbook_code.layers.norms import LayerNorm
 from textbook_code.layers.positions import LearnedPositions
+from textbook_code.models.text.transformer import DecoderBlock, EncoderBlock, LayerCache
 from textbook_code.pretrained import Pretrained
 from textbook_code.weights import Rule, WeightError
 
 OFFSET = 2
 """Rows of the position table before the first position: text starts at row 2."""
-
-LayerCache = tuple[KVCache, KVCache]
-"""Of one decoder block: its own keys and values, and those of the source."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,9 @@ class BartConfig:
 
     Book: bart-model
     """
+
+    activation: ClassVar[str] = "gelu"
+    norm_eps: ClassVar[float] = 1e-5
 
     vocab_size: int = 50265
     d_model: int = 768
@@ -119,64 +118,6 @@ class BartConfig:
         decoder_block = 12 * T * D**2 + 4 * S * D**2 + 4 * T**2 * D + 4 * T * S * D + 4 * T * D * F
         blocks = self.num_encoder_layers * encoder_block + self.num_decoder_layers * decoder_block
         return blocks + 2 * T * D * V
-
-
-class EncoderBlock(nn.Module):
-    r"""One post-norm block of the encoder, as in BERT.
-
-    $$y = \mathrm{LN}(x + \mathrm{Attn}(x)), \qquad z = \mathrm{LN}(y + \mathrm{FFN}(y))$$
-
-    Book: bart-model
-    """
-
-    def __init__(self, config: BartConfig) -> None:
-        super().__init__()
-        self.attn = Attention(config.d_model, config.num_heads, dropout=config.attn_dropout)
-        self.attn_norm = LayerNorm(config.d_model)
-        self.ffn = FeedForward(config.d_model, config.d_ff, activation="gelu", dropout=config.ffn_dropout)
-        self.ffn_norm = LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, *, attn_mask: Tensor | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D)."""
-        x = self.attn_norm(x + self.dropout(self.attn(x, attn_mask=attn_mask)))
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
-
-
-class DecoderBlock(nn.Module):
-    r"""One post-norm block of the decoder, which also attends to the source $c$.
-
-    $$u = \mathrm{LN}(x + \mathrm{Attn}(x)), \qquad v = \mathrm{LN}(u + \mathrm{Attn}(u, c)), \qquad
-      z = \mathrm{LN}(v + \mathrm{FFN}(v))$$
-
-    Book: bart-model
-    """
-
-    def __init__(self, config: BartConfig) -> None:
-        super().__init__()
-        self.attn = Attention(config.d_model, config.num_heads, dropout=config.attn_dropout)
-        self.attn_norm = LayerNorm(config.d_model)
-        self.cross_attn = Attention(config.d_model, config.num_heads, dropout=config.attn_dropout)
-        self.cross_norm = LayerNorm(config.d_model)
-        self.ffn = FeedForward(config.d_model, config.d_ff, activation="gelu", dropout=config.ffn_dropout)
-        self.ffn_norm = LayerNorm(config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        context: Tensor,
-        *,
-        attn_mask: Tensor | None = None,
-        cross_mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """Map (B, T, D), beside a source (B, S, D), to (B, T, D)."""
-        own, cross = cache if cache is not None else (None, None)
-        x = self.attn_norm(x + self.dropout(self.attn(x, attn_mask=attn_mask, causal=True, cache=own)))
-        attended = self.cross_attn(x, context, attn_mask=cross_mask, cache=cross)
-        x = self.cross_norm(x + self.dropout(attended))
-        return self.ffn_norm(x + self.dropout(self.ffn(x)))
 
 
 class Stack(nn.Module):

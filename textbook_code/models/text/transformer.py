@@ -109,10 +109,13 @@ class EncoderBlock(nn.Module):
 
     $$y = \mathrm{LN}(x + \mathrm{Attn}(x)), \qquad z = \mathrm{LN}(y + \mathrm{FFN}(y))$$
 
+    Args:
+        config: a `TransformerConfig`, or another that names the same sizes, as BART's does.
+
     Book: encoder-decoder-original
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         D, eps = config.d_model, config.norm_eps
         self.attn = Attention(D, config.num_heads, dropout=config.attn_dropout)
@@ -133,10 +136,13 @@ class DecoderBlock(nn.Module):
     $$u = \mathrm{LN}(x + \mathrm{Attn}(x)), \qquad v = \mathrm{LN}(u + \mathrm{Attn}(u, c)), \qquad
       z = \mathrm{LN}(v + \mathrm{FFN}(v))$$
 
+    Args:
+        config: a `TransformerConfig`, or another that names the same sizes, as BART's does.
+
     Book: encoder-decoder-original
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         D, eps = config.d_model, config.norm_eps
         self.attn = Attention(D, config.num_heads, dropout=config.attn_dropout)
