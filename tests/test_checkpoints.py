@@ -98,6 +98,7 @@ def test_a_model_is_kept_in_half_precision_and_found_by_its_name(home: Path) -> 
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     entry = checkpoints.manifest()["bert-toy"]
     assert FROM.items() <= entry.items()
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in folder.iterdir()), "everybody may read it"
     assert (entry["class"], entry["interval"], entry["sample"]) == ("BertForMaskedLM", [1.4, 1.6], 0.5)
     checkpoints.verify("bert-toy")
 

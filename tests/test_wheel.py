@@ -66,6 +66,9 @@ def test_the_wheel_holds_the_package_and_the_records(built: Path) -> None:
     assert {"textbook_code/__init__.py", "textbook_code/py.typed"} <= names
     for record in (ROOT / "experiments").glob("*.json"):
         assert f"textbook_code/_experiments/{record.name}" in names
+    for file in (ROOT / "textbook_code" / "checkpoints").glob("**/*.*"):
+        if "__pycache__" not in file.parts:
+            assert file.relative_to(ROOT).as_posix() in names
     in_tree = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "textbook_code").rglob("*.py")

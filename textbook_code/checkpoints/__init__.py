@@ -183,6 +183,8 @@ def adopt(folder: str | Path, name: str, entry: Mapping[str, Any]) -> Path:
     target, partial = _HOME / name, _HOME / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(folder, partial)
+    for file in partial.iterdir():
+        file.chmod(0o644)  # safetensors lets none but its owner read what it writes
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     files = {file.name: _sha256(file) for file in sorted(target.iterdir())}
