@@ -186,6 +186,13 @@ def _stack(theirs: str, ours: str) -> tuple[Rule, ...]:
     )
 
 
+_TIED = {
+    "model.encoder.embed_tokens.weight": "model.shared.weight",
+    "model.decoder.embed_tokens.weight": "model.shared.weight",
+    "lm_head.weight": "model.shared.weight",
+}
+
+
 class TransformerForConditionalGeneration(Pretrained, nn.Module):
     r"""The whole model: one table of tokens, two stacks, and the table again as output layer.
 
@@ -231,11 +238,7 @@ class TransformerForConditionalGeneration(Pretrained, nn.Module):
         *_stack("model.decoder.", "decoder"),
         ("final_logits_bias", "logits_bias"),
     )
-    hf_tied: ClassVar[dict[str, str]] = {
-        "model.encoder.embed_tokens.weight": "model.shared.weight",
-        "model.decoder.embed_tokens.weight": "model.shared.weight",
-        "lm_head.weight": "model.shared.weight",
-    }
+    hf_tied = _TIED
     logits_bias: Tensor
 
     def __init__(self, config: TransformerConfig) -> None:
