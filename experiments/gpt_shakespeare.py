@@ -116,7 +116,7 @@ def run(config: dict, arm: str, *, steps: int | None = None, log) -> dict | tupl
         schedule=warmup_cosine(config["warmup"], total),
         seed=seed,
         evaluate=None if steps else evaluate,
-        eval_every=config["eval_every"],
+        eval_every=None if steps else config["eval_every"],
         progress=False,
     )
     for loss in trained.losses:
