@@ -147,12 +147,12 @@ def _(model: T5ForConditionalGeneration, patch: pytest.MonkeyPatch) -> None:
 def unpadded(name: str, which: str) -> None:
     @mutation(name)
     def plant(model: T5ForConditionalGeneration, patch: pytest.MonkeyPatch) -> None:
-        right = t5_module._key_mask
+        right = t5_module.real_key_mask
 
         def wrong(argument: str, mask: Tensor, *sizes: int) -> Tensor:
             return right(argument, torch.ones_like(mask) if argument == which else mask, *sizes)
 
-        patch.setattr(t5_module, "_key_mask", wrong)
+        patch.setattr(t5_module, "real_key_mask", wrong)
 
 
 unpadded("source's padding seen by the encoder", "token_mask")

@@ -24,18 +24,14 @@ from torch import Tensor, nn
 
 from textbook_code.layers.attention import Attention
 from textbook_code.layers.cache import KVCache
-from textbook_code.layers.checks import expect_bool, expect_ids, expect_shape
-from textbook_code.layers.decoding import last_hidden
+from textbook_code.layers.checks import expect_shape
+from textbook_code.layers.decoding import last_hidden, real_key_mask, shift_right
 from textbook_code.layers.embeddings import TokenEmbedding
 from textbook_code.layers.feed_forward import FeedForward, GatedFeedForward
-from textbook_code.layers.masks import key_mask
 from textbook_code.layers.norms import RMSNorm
 from textbook_code.layers.positions import RelativeBias
 from textbook_code.pretrained import Pretrained
 from textbook_code.weights import Rule, WeightError
-
-IGNORE = -100
-"""A label that stands for no token."""
 
 LayerCache = tuple[KVCache, KVCache]
 """Of one decoder block: its own keys and values, and those of the source."""
@@ -332,7 +328,7 @@ def _encode(stack: Stack, token_embed: TokenEmbedding, tokens: Tensor, token_mas
     expect_shape("tokens", tokens, "B S")
     B, S = tokens.shape
     _expect_positive("tokens: number of positions", S)
-    attn_mask = None if token_mask is None else _key_mask("token_mask", token_mask, B, S)
+    attn_mask = real_key_mask("token_mask", token_mask, B, S)
     score_bias = stack.relative_bias(S, S)  # (H, S, S)
     x = stack.dropout(token_embed(tokens))  # (B, S, D)
     for block in stack.blocks:
@@ -588,10 +584,8 @@ class T5(_T5Pretrained, nn.Module):
                 f"cache: expected {len(self.decoder.blocks)} pairs, one a block, got {len(cache)}"
             )
         past = cache[0][0].length if cache is not None else 0
-        attn_mask = None if target_mask is None else _key_mask("target_mask", target_mask, B, past + T)
-        cross_mask = None
-        if context_mask is not None:
-            cross_mask = _key_mask("context_mask", context_mask, B, context.size(1))
+        attn_mask = real_key_mask("target_mask", target_mask, B, past + T)
+        cross_mask = real_key_mask("context_mask", context_mask, B, context.size(1))
 
         score_bias = self.decoder.relative_bias(T, past + T)  # (H, T, past + T)
         x = self.decoder.dropout(self.token_embed(target, name="target"))  # (B, T, D)
@@ -657,11 +651,8 @@ class T5(_T5Pretrained, nn.Module):
 
         Book: t5-text-to-text
         """
-        expect_ids("labels", labels)
-        expect_shape("labels", labels, "B T")
-        start = labels.new_full((labels.size(0), 1), self.config.decoder_start_id)
-        shifted = torch.cat([start, labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == IGNORE, self.config.pad_id)
+        config = self.config
+        return shift_right(labels, start_id=config.decoder_start_id, pad_id=config.pad_id)
 
 
 class T5ForConditionalGeneration(_T5Pretrained, nn.Module):
@@ -789,15 +780,6 @@ def initialise(model: T5Encoder | T5) -> None:
             for child in module.children():
                 assert isinstance(child, nn.Linear)
                 nn.init.normal_(child.weight, std=child.in_features**-0.5)
-
-
-def _key_mask(name: str, mask: Tensor, B: int, S: int) -> Tensor:
-    expect_bool(name, mask)
-    expect_shape(name, mask, "B S", B=B, S=S)
-    empty = (~mask.any(1)).nonzero().flatten()
-    if empty.numel():
-        raise ValueError(f"{name}: expected a real token in each row, got none in row {int(empty[0])}")
-    return key_mask(mask)
 
 
 def _expect_positive(name: str, size: int) -> None:
