@@ -115,8 +115,8 @@ def _made_of(source: Source) -> list[str]:
         "",
         "## Made of them",
         "",
-        f"The first `fetch` converts these files, once, to {listed}, {size(conversion.size)} in all: the same "
-        f"values under the published names.{library}",
+        f"The first `fetch` converts these files, once, to {listed}, {size(conversion.size)} in all: "
+        f"the same values under the published names.{library}",
     ]
 
 
