@@ -60,9 +60,7 @@ def written_out(
 def kernel(name: str, wrong: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> None:
     @mutation(name)
     def plant(model: BertForPreTraining, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(
-            attention_module, "fused_attention", lambda q, k, v, mask, **_: wrong(q, k, v, mask)
-        )
+        patch.setattr(attention_module, "fused_attention", lambda q, k, v, mask, **_: wrong(q, k, v, mask))
 
 
 kernel("scores not scaled", lambda q, k, v, m: written_out(q, k, v, m, scale=1.0))
