@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from textbook_code.layers.checks import expect_bool, expect_ids, expect_shape
+
 from .beam import Beams
 from .sampling import check_filters, next_tokens
 
