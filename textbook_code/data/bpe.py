@@ -74,7 +74,7 @@ def pieces(text: str) -> list[str]:
 def merge(symbols: Sequence[str], pair: Pair) -> list[str]:
     """Put every occurrence of the pair together, from left to right.
 
-    Book: bpe-merge
+    Book: bpe-train
     """
     merged: list[str] = []
     for symbol in symbols:
