@@ -83,7 +83,8 @@ def expect_ids(name: str, ids: Tensor) -> None:
 def expect_sizes(config: Any) -> None:
     """Raise unless every integer field of a config, a dataclass, is at least 1.
 
-    Fields called `…_id` are no sizes: a token may have the id 0.
+    Fields called `…_id` are no sizes (a token may have the id 0), nor are those whose default is a
+    float (a dropout may be given as 0).
 
     Raises:
         ValueError: a size is zero or negative.
@@ -92,7 +93,8 @@ def expect_sizes(config: Any) -> None:
     """
     for field in fields(config):
         value = getattr(config, field.name)
-        if type(value) is int and value < 1 and not field.name.endswith("_id"):
+        is_size = type(value) is int and type(field.default) is not float and not field.name.endswith("_id")
+        if is_size and value < 1:
             raise ValueError(f"{field.name}: expected at least 1, got {value}")
 
 
