@@ -27,8 +27,9 @@ class Beams:
 
     $$\mathrm{score}(y) = \frac{1}{|y|^{\lambda}} \sum_t \log p(y_t \mid y_{<t})$$
 
-    is among the best K of those that have ended; the length $|y|$ counts the stop token. A row is done when K have
-    ended and the best that still lives, at its present length, scores no better than the worst of them.
+    is among the best K of those that have ended; the length $|y|$ counts the stop token. A row is done
+    when K have ended and the best that still lives, at its present length, scores no better than the
+    worst of them.
     That rule may miss a longer hypothesis whose score would have risen under the division by its length.
 
     Args:
