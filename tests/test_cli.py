@@ -16,6 +16,7 @@ from textbook_code import doctor, exercises
 from textbook_code.cli import app
 from textbook_code.data import sources, store
 from textbook_code.data.errors import NetworkError
+from textbook_code.data.sources import SOURCES
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_fetch_without_or_with_too_many_wishes_is_refused(run) -> None:
 def test_fetch_of_an_unknown_source(run) -> None:
     status, _, err = run("fetch", "miniln")
     assert status == 2
-    assert "name='miniln' is no source; expected one of bbc-news, minilm, shakespeare" in one_line(err)
+    assert f"name='miniln' is no source; expected one of {', '.join(sorted(SOURCES))}" in one_line(err)
 
 
 def test_fetch_that_fails_says_why(run, monkeypatch: pytest.MonkeyPatch) -> None:
