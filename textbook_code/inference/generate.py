@@ -106,7 +106,7 @@ def generate(
         pad_id=pad_id,
         device=tokens.device,
     )
-    with _undisturbed(model):
+    with _undisturbed(list(model.modules())):
         logits = decoder.start().repeat_interleave(num_beams, dim=0)  # (B·K, V)
         decoder.expand(num_beams)
         while True:
@@ -173,9 +173,9 @@ def _steps(
 ) -> Iterator[Tensor]:
     stop = torch.tensor(stop_tokens, dtype=torch.long, device=tokens.device)
     ended = torch.zeros(tokens.size(0), dtype=torch.bool, device=tokens.device)
-    new = None
+    modules, new = list(model.modules()), None  # hundreds: found once, not in each step
     for _ in range(max_new_tokens):
-        with _undisturbed(model):  # not around the yield: the caller may train in between
+        with _undisturbed(modules):  # not around the yield: the caller may train in between
             logits = decoder.start() if new is None else decoder.step(new)
             new = next_tokens(logits, **how)
         yield new.masked_fill(ended, pad_id)  # made out here, it is a tensor that autograd takes
@@ -347,9 +347,9 @@ def _expect_count(name: str, value: int) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
