@@ -17,8 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 
-Pair = tuple[str, str]
-
 
 def byte_symbols() -> dict[int, str]:
     """One printable character for each byte: its own where Latin-1 has one, else the next from 256 on.
@@ -71,7 +69,7 @@ def pieces(text: str) -> list[str]:
     return _pattern().findall(text)
 
 
-def merge(symbols: Sequence[str], pair: Pair) -> list[str]:
+def merge(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
     """Put every occurrence of the pair together, from left to right.
 
     Book: bpe-train
@@ -85,7 +83,7 @@ def merge(symbols: Sequence[str], pair: Pair) -> list[str]:
     return merged
 
 
-def train(text: str, num_merges: int) -> list[Pair]:
+def train(text: str, num_merges: int) -> list[tuple[str, str]]:
     """Learn merges: again and again, the most frequent pair of neighbours becomes one symbol.
 
     Of two pairs that are equally frequent, the one of the older symbols wins, as in the library.
@@ -104,9 +102,9 @@ def train(text: str, num_merges: int) -> list[Pair]:
     counts = Counter(pieces(text))
     words = {word: [BYTES[byte] for byte in word.encode()] for word in counts}
     age = {symbol: i for i, symbol in enumerate(sorted(BYTES.values()))}
-    merges: list[Pair] = []
+    merges: list[tuple[str, str]] = []
     while len(merges) < num_merges:
-        found: Counter[Pair] = Counter()
+        found: Counter[tuple[str, str]] = Counter()
         for word, symbols in words.items():
             for pair in pairwise(symbols):
                 found[pair] += counts[word]
@@ -134,7 +132,9 @@ class ByteBpe:
     Book: bpe-encode
     """
 
-    def __init__(self, merges: Iterable[Pair], vocabulary: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, merges: Iterable[tuple[str, str]], vocabulary: Mapping[str, int] | None = None
+    ) -> None:
         self.rank = {pair: rank for rank, pair in enumerate(merges)}
         made = ["".join(pair) for pair in self.rank]
         if vocabulary is None:

@@ -70,7 +70,7 @@ def _check_count_parameters(answer: Callable[..., Any]) -> str | None:
 
 
 def _check_decoder_block(answer: Callable[..., Any]) -> str | None:
-    sizes = {"d_model": 20, "num_heads": 3, "head_dim": 5, "d_ff": 28, "norm_eps": 1e-2}
+    sizes: dict[str, Any] = {"d_model": 20, "num_heads": 3, "head_dim": 5, "d_ff": 28, "norm_eps": 1e-2}
     for gated in (False, True):
         block = DecoderBlock(T5Config(**sizes, gated=gated, dropout=0.4)).double().eval()
         with torch.no_grad():
