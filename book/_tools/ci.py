@@ -88,11 +88,11 @@ STAGES = [
     Stage("book", 11, lambda: [[*MAKE, "book"]], needs=("pages", "system")),
     Stage(
         "browser",
-        10,
+        14,
         lambda: [[PYTHON, "-m", "pytest", "-m", "browser", *SIDE_BY_SIDE]],
         needs=("book", "system"),
     ),
-    Stage("slow test", 14, one_slow_test, needs=("install", "fetch")),
+    Stage("slow test", 12, one_slow_test, needs=("install", "fetch")),
 ]
 
 
