@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin, urlsplit
 
 if TYPE_CHECKING:
-    from playwright.async_api import Browser, Page, Response
+    from playwright.async_api import BrowserContext, Page, Response
 
 WIDTHS = (360, 768, 1300)
 AT_ONCE = 3
@@ -157,10 +157,12 @@ async def _survey(executable: str, root: Path, address: str, names: list[str]) -
         )
 
         async def worker() -> None:
+            context = await browser.new_context()
+            context.set_default_timeout(PATIENCE)
             for name in todo:
                 try:
-                    await _visit(browser, address + name, address, reports[name], looked_at=True)
-                    await _visit(browser, (root / name).as_uri(), address, reports[name], looked_at=False)
+                    await _visit(context, address + name, address, reports[name], looked_at=True)
+                    await _visit(context, (root / name).as_uri(), address, reports[name], looked_at=False)
                 except PlaywrightError as error:
                     reports[name].errors.append(f"the page could not be looked at: {error}")
 
@@ -170,10 +172,10 @@ async def _survey(executable: str, root: Path, address: str, names: list[str]) -
 
 
 @asynccontextmanager
-async def _opened(browser: Browser, url: str, address: str, report: Report) -> AsyncIterator[Page]:
-    context = await browser.new_context(viewport={"width": WIDTHS[-1], "height": 900}, color_scheme="light")
-    context.set_default_timeout(PATIENCE)
+async def _opened(context: BrowserContext, url: str, address: str, report: Report) -> AsyncIterator[Page]:
     page = await context.new_page()
+    await page.set_viewport_size({"width": WIDTHS[-1], "height": 900})
+    await page.emulate_media(color_scheme="light", reduced_motion="reduce")  # no colour on its way to another
 
     def asked(request: Any) -> None:
         if not request.url.startswith(address) and urlsplit(request.url).scheme not in LOCAL:
@@ -197,7 +199,7 @@ async def _opened(browser: Browser, url: str, address: str, report: Report) -> A
         await page.evaluate(_SETTLED)
         yield page
     finally:
-        await context.close()
+        await page.close()
 
 
 # Mathematics is set, and the explorer stands, before anything is measured.
@@ -231,16 +233,35 @@ _THIN_OUT = """() => {
   }
   for (const formula of document.querySelectorAll("mjx-container")) formula.replaceWith("x");
 }"""
-_AXE = """async () => (await axe.run({ resultTypes: ["violations"], preload: false })).violations.map(
-  ({ id, nodes: [{ html, failureSummary }, ...more] }) =>
-    `${id} (${1 + more.length}): ${html.slice(0, 160)} ${failureSummary.slice(0, 300)}`
-)"""
+# Where colours are concerned, elements of one kind (names and classes up to the root) look the same.
+_AXE = """async (colours) => {
+  const kinds = new Map();
+  for (const element of colours ? document.querySelectorAll("body *") : []) {
+    let kind = "";
+    for (let each = element; each; each = each.parentElement) {
+      const odd = each.tagName === "TR" && each.rowIndex % 2;
+      kind += `${each.tagName} ${each.className} ${each.getAttribute("style")} ${odd}/`;
+    }
+    const isText = (child) => child.nodeType === Node.TEXT_NODE && child.data.trim();
+    if ([...element.childNodes].some(isText) && !kinds.has(kind)) kinds.set(kind, element);
+  }
+  const options = { resultTypes: ["violations"], preload: false };
+  const off = { enabled: false };
+  const COLOURS = ["color-contrast", "link-in-text-block"];
+  const { violations } = colours
+    ? await axe.run({ include: [...kinds.values()] }, { ...options, runOnly: COLOURS })
+    : await axe.run({ ...options, rules: { "color-contrast": off, "link-in-text-block": off } });
+  return violations.map(
+    ({ id, nodes: [{ html, failureSummary }, ...more] }) =>
+      `${id} (${1 + more.length}): ${html.slice(0, 160)} ${failureSummary.slice(0, 300)}`
+  );
+}"""
 # The theme makes what scrolls reachable by keyboard a third of a second after a change of size.
 _DRAWN = "() => new Promise((done) => requestAnimationFrame(() => setTimeout(done, 400)))"
 
 
-async def _visit(browser: Browser, url: str, address: str, report: Report, *, looked_at: bool) -> None:
-    async with _opened(browser, url, address, report) as page:
+async def _visit(context: BrowserContext, url: str, address: str, report: Report, *, looked_at: bool) -> None:
+    async with _opened(context, url, address, report) as page:
         if not looked_at:
             return
         report.bytes = {name.removeprefix(address): size for name, size in await page.evaluate(_SIZES)}
@@ -251,10 +272,11 @@ async def _visit(browser: Browser, url: str, address: str, report: Report, *, lo
                 report.too_wide.append(f"at {width} px: {wide}")
         await page.evaluate(_THIN_OUT)
         await page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text("utf-8"))
-        for theme in ("light", "dark"):
-            await page.emulate_media(color_scheme=theme)
-            await page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
-            for width in (WIDTHS[0], WIDTHS[-1]):
-                await page.set_viewport_size({"width": width, "height": 900})
-                await page.evaluate(_DRAWN)
-                report.violations += [f"{theme}, {width} px: {v}" for v in await page.evaluate(_AXE)]
+        for width in (WIDTHS[0], WIDTHS[-1]):
+            await page.set_viewport_size({"width": width, "height": 900})
+            await page.evaluate(_DRAWN)
+            report.violations += [f"{width} px: {v}" for v in await page.evaluate(_AXE, False)]
+            for theme in ("light", "dark"):
+                await page.emulate_media(color_scheme=theme)
+                await page.evaluate("theme => document.documentElement.dataset.theme = theme", theme)
+                report.violations += [f"{theme}, {width} px: {v}" for v in await page.evaluate(_AXE, True)]

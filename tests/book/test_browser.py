@@ -81,7 +81,7 @@ def test_the_survey_sees_what_is_wrong(tmp_path: Path, browser_path: str) -> Non
         """<!DOCTYPE html><html lang="en"><head><title>Bad</title></head><body><main><h1>Bad</h1>
         <p style="color:#bbb;background:#fff">too pale</p><img src="https://example.org/x.png" alt="x">
         <script src="missing.js"></script><script>console.error("said"); throw new Error("thrown")</script>
-        <div style="width:2000px">wide</div></main></body></html>"""
+        <div style="width:2000px">wide</div><input></main></body></html>"""
     )
     report = survey(browser_path, tmp_path, ["bad.html"])["bad.html"]
     assert report.external == ["https://example.org/x.png"] * 2  # served, and as a file
@@ -91,6 +91,8 @@ def test_the_survey_sees_what_is_wrong(tmp_path: Path, browser_path: str) -> Non
     assert [wide.split(":")[0] for wide in report.too_wide] == ["at 360 px", "at 768 px", "at 1300 px"]
     for where in ("light, 360 px", "light, 1300 px", "dark, 360 px", "dark, 1300 px"):
         assert any(v.startswith(f"{where}: color-contrast") for v in report.violations)
+    for where in ("360 px", "1300 px"):
+        assert any(v.startswith(f"{where}: label") for v in report.violations)
     assert report.bytes["bad.html"] == (tmp_path / "bad.html").stat().st_size
 
 
