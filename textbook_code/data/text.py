@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+from textbook_code.layers.checks import expect_shape
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -303,6 +306,71 @@ def shakespeare_text(folder: str | Path, *works: str) -> str:
         if work not in paths:
             raise ValueError(f"works has {work!r}, expected names out of {', '.join(paths)}.")
     return "\n\n\n".join(_read(paths[work]) for work in works or paths)
+
+
+class Characters(NamedTuple):
+    """A text by the character: what is learned from, what is held out, and the alphabet.
+
+    Attributes:
+        train: (N,) int64 ids of the texts that are read.
+        held_out: (M,) int64 ids of those that are not.
+        alphabet: the V characters; a character's id is its place.
+
+    Book: part-advanced-bench
+    """
+
+    train: Tensor
+    held_out: Tensor
+    alphabet: str
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of characters."""
+        return len(self.alphabet)
+
+
+@cache
+def shakespeare_characters(folder: str | Path, *held_out: str) -> Characters:
+    """Shakespeare's plays by the character, those named in ``held_out`` apart.
+
+    Raises:
+        FileNotFoundError: the folder holds no such texts.
+        ValueError: there is no play of that name, or none is held out.
+
+    Book: part-advanced-bench
+    """
+    plays = shakespeare_plays(folder)
+    unknown = [name for name in held_out if name not in plays]
+    if unknown or not held_out:
+        raise ValueError(f"held_out: expected names out of {', '.join(plays)}, got {unknown or 'none'}")
+    read = [name for name in plays if name not in held_out]
+    texts = shakespeare_text(folder, *read), shakespeare_text(folder, *held_out)
+    alphabet = "".join(sorted(set(texts[0] + texts[1])))
+    ids = {character: i for i, character in enumerate(alphabet)}
+    train, test = (torch.tensor([ids[character] for character in text]) for text in texts)
+    return Characters(train, test, alphabet)
+
+
+def random_windows(text: Tensor, count: int, length: int, *, generator: torch.Generator) -> Tensor:
+    """Windows of a text at random places, (count, length): inputs and targets are its first and last
+    ``length`` − 1 tokens.
+
+    Args:
+        text: (N,) ids.
+        count: how many windows.
+        length: of each, at most N.
+        generator: draws the places.
+
+    Raises:
+        ValueError: the text is not (N,), or shorter than a window.
+
+    Book: part-advanced-bench
+    """
+    expect_shape("text", text, "N")
+    if not 0 < length <= len(text):
+        raise ValueError(f"length: expected 1 to {len(text)} (the text's own), got {length}")
+    starts = torch.randint(len(text) - length + 1, (count, 1), generator=generator)
+    return text[starts + torch.arange(length)]
 
 
 def _shakespeare(folder: str | Path) -> dict[str, Path]:
