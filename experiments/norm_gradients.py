@@ -259,7 +259,7 @@ def max_logit(model: Decoder, tokens: Tensor) -> float:
 
 
 def summarise(config: dict, runs: dict) -> dict:
-    """First block's gradient over the last one's, final losses, largest logits; means of the seeds or each."""
+    """First block's gradient over the last one's, final losses, largest logits, over the seeds."""
     seeds = config["seeds"]
 
     def mean(values: list[float]) -> float:
