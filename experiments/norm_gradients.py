@@ -46,10 +46,11 @@ CONFIG = {
     "gradient_windows": 32,
     "steps": 200,
     "warmup": 100,
-    "lrs": {"4": [3e-3, 1e-2], "8": [1e-3, 3e-3], "16": [1e-3, 3e-3], "48": [1e-3]},
-    "no_sandwich": ["16", "48"],
+    "lrs": {"4": [3e-3, 1e-2], "8": [1e-3, 3e-3], "16": [1e-3], "48": [1e-3]},
+    "without_sandwich": ["8", "16", "48"],
+    "warm_only": ["48"],
     "logit_depth": 4,
-    "logit_lrs": [3e-3, 1e-2, 3e-2, 1e-1],
+    "logit_lrs": [1e-2, 3e-2, 1e-1],
     "eval_windows": 256,
     "eval_every": 50,
 }
@@ -75,8 +76,8 @@ def trained(config: dict) -> list[str]:
         for L, lrs in config["lrs"].items()
         for lr in lrs
         for place in PLACES
-        if not (place == "sandwich" and L in config["no_sandwich"])
-        for start in ("cold", "warm")
+        if not (place == "sandwich" and L in config["without_sandwich"])
+        for start in (("warm",) if L in config["warm_only"] else ("cold", "warm"))
     ]
 
 
