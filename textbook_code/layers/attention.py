@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .checks import expect_bool, expect_divides, expect_dtype, expect_shape
 from .masks import causal_mask
+from .norms import QKNorm
 from .positions import rotate
 
 
@@ -175,6 +176,7 @@ class Attention(nn.Module):
         bias: whether the four projections have biases.
         dropout: probability with which a weight is dropped in training.
         scale: factor on q kᵀ; 1/√Dh when left out.
+        qk_norm: normalises queries and keys before they are turned.
 
     Raises:
         ValueError: the head counts do not divide.
@@ -193,6 +195,7 @@ class Attention(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         scale: float | None = None,
+        qk_norm: QKNorm | None = None,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -205,7 +208,7 @@ class Attention(nn.Module):
         d_context = d_model if d_context is None else d_context
         self.d_model, self.d_context = d_model, d_context
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.dropout, self.scale = dropout, scale
+        self.dropout, self.scale, self.qk_norm = dropout, scale, qk_norm
         self.q_proj = nn.Linear(d_model, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(d_context, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(d_context, num_kv_heads * head_dim, bias=bias)
@@ -258,12 +261,14 @@ class Attention(nn.Module):
             if rotary is not None:
                 raise ValueError("rotary: expected None with a context, whose positions are others than x's")
         q = self._split(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
+        q = q if self.qk_norm is None else self.qk_norm.queries(q)
         if context is not None and cache is not None and cache.length:
             k, v = cache.stored
         else:
             source = x if context is None else context
             k = self._split(self.k_proj(source), self.num_kv_heads)  # (B, K, S, Dh)
             v = self._split(self.v_proj(source), self.num_kv_heads)
+            k = k if self.qk_norm is None else self.qk_norm.keys(k)
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
             if cache is not None:

@@ -6,7 +6,8 @@
     deep       N(α x + f(x))            DeepNorm: a louder stream
 
 The models of this package write their blocks out, so that the whole forward pass is in view; this module
-is for comparing the places with everything else the same.
+is for comparing the places with everything else the same. DeepNorm's two constants and its start are here
+too.
 Papers: Xiong et al. (2020) for pre and post, Ding et al. (2021) for the sandwich, Wang et al. (2022) for
 DeepNorm.
 
@@ -14,12 +15,14 @@ Book: norm-placement
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 PLACES = ("pre", "post", "sandwich", "deep")
+_GAIN_ONE = ("q_proj", "k_proj")
+_GAIN_BETA = ("v_proj", "out_proj", "fc1", "fc2", "gate_proj", "up_proj", "down_proj")
 
 
 class Residual(nn.Module):
@@ -70,3 +73,104 @@ class Residual(nn.Module):
 
     def extra_repr(self) -> str:
         return f"place={self.place!r}" + (f", alpha={self.alpha:g}" if self.place == "deep" else "")
+
+
+class DeepNorm(NamedTuple):
+    """DeepNorm's two constants for one stack of layers.
+
+    Attributes:
+        alpha: α, by which `Residual(place="deep")` multiplies the stream.
+        beta: β, the gain with which `deepnorm_init_` draws some of the matrices.
+
+    Book: norm-deep
+    """
+
+    alpha: float
+    beta: float
+
+
+def deepnorm(num_layers: int) -> DeepNorm:
+    r"""The constants of an encoder or of a decoder that stands alone, of N layers.
+
+    $$\alpha = (2N)^{1/4}, \qquad \beta = (8N)^{-1/4}$$
+
+    Paper: Wang et al. (2022), figure 2. Reference: microsoft/torchscale.
+
+    Args:
+        num_layers: N, each of attention and a feed-forward network.
+
+    Raises:
+        ValueError: N is below 1.
+
+    Book: norm-deep
+    """
+    _expect_layers(num_layers=num_layers)
+    return DeepNorm((2 * num_layers) ** 0.25, (8 * num_layers) ** -0.25)
+
+
+def deepnorm_encoder_decoder(encoder_layers: int, decoder_layers: int) -> tuple[DeepNorm, DeepNorm]:
+    r"""The constants of an encoder of N layers and of the decoder of M layers that reads it.
+
+    $$\alpha_e = 0.81\, (N^4 M)^{1/16}, \quad \beta_e = 0.87\, (N^4 M)^{-1/16}, \qquad
+      \alpha_d = (3M)^{1/4}, \quad \beta_d = (12M)^{-1/4}$$
+
+    Paper: Wang et al. (2022), figure 2. Reference: microsoft/torchscale.
+
+    Args:
+        encoder_layers: N.
+        decoder_layers: M, each with cross-attention between its two other branches.
+
+    Returns:
+        The encoder's constants and the decoder's.
+
+    Raises:
+        ValueError: N or M is below 1.
+
+    Book: norm-deep
+    """
+    _expect_layers(encoder_layers=encoder_layers, decoder_layers=decoder_layers)
+    both = encoder_layers**4 * decoder_layers
+    return (
+        DeepNorm(0.81 * both**0.0625, 0.87 * both**-0.0625),
+        DeepNorm((3 * decoder_layers) ** 0.25, (12 * decoder_layers) ** -0.25),
+    )
+
+
+def deepnorm_init_(module: nn.Module, beta: float) -> nn.Module:
+    r"""Draw the matrices of attention and feed-forward networks as DeepNorm asks; returns the module.
+
+    A matrix of m × n numbers is drawn from N(0, 2 g² / (m + n)), Glorot's normal distribution with gain g: β
+    for the feed-forward matrices, the value projection and the output projection, which decide how much a
+    branch adds; 1 for the query and key projections, which only decide where it looks. Their biases become 0.
+    Nothing else is touched.
+    Paper: Wang et al. (2022), figure 2.
+
+    Args:
+        module: any module; its matrices are known by the names that the package gives them.
+        beta: β.
+
+    Raises:
+        ValueError: β is not positive, or the module has no such matrix.
+
+    Book: norm-deep
+    """
+    if not beta > 0:
+        raise ValueError(f"beta: expected a positive gain, got {beta}")
+    found = False
+    for name, inner in module.named_modules():
+        role = name.rpartition(".")[2]
+        if isinstance(inner, nn.Linear) and role in _GAIN_BETA + _GAIN_ONE:
+            nn.init.xavier_normal_(inner.weight, gain=beta if role in _GAIN_BETA else 1.0)
+            if inner.bias is not None:
+                nn.init.zeros_(inner.bias)
+            found = True
+    if not found:
+        names = ", ".join(_GAIN_ONE + _GAIN_BETA)
+        raise ValueError(f"module: expected linear layers called {names}; {type(module).__name__} has none")
+    return module
+
+
+def _expect_layers(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1, got {count}")
