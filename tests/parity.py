@@ -35,6 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -319,11 +320,23 @@ class Row:
 
     @property
     def reference_version(self) -> str:
+        if "/" in self.reference:  # a repository whose numbers are kept in tests/golden
+            return golden_commit(self.reference.rpartition(".")[0])
         return version(self.reference.partition(".")[0]).partition("+")[0]  # 2.14.1+cpu is 2.14.1
 
     def entry(self, test: str) -> dict[str, Any]:
         """The row as the ledger holds it."""
         return {**asdict(self), "reference_version": self.reference_version, "test": test}
+
+
+def golden_commit(repository: str) -> str:
+    """The commit that made the golden numbers of a repository, `owner/name`."""
+    for path in sorted((ROOT / "tests" / "golden").glob("*.npz")):
+        with np.load(path) as file:
+            meta = json.loads(str(file["meta"]))
+        if meta["repository"] == repository:
+            return str(meta["commit"])[:7]
+    raise ValueError(f"reference: no file in tests/golden was made by {repository!r}")
 
 
 def parity_row(
@@ -340,7 +353,8 @@ def parity_row(
     """Declare the ledger row that a test fills by calling ``parity.check`` or ``parity.record``.
 
     Args:
-        reference: the published implementation, ``package.Class``; its version comes from the package.
+        reference: the published implementation, ``package.Class``; its version comes from the package. Or
+            ``owner/name.Class`` of a repository, whose numbers lie in ``tests/golden``.
         page: label of the section of the book that shows the row.
         tolerance: forward and backward; 1e-10 in float64, 1e-4 in float32 when not given.
     """

@@ -1,4 +1,4 @@
-"""How the weights are moved: schedules of the learning rate.
+"""How the weights are moved: optimizers, groups of parameters, and schedules of the learning rate.
 
-Book: gpt-training
+Book: optimization
 """
