@@ -74,7 +74,7 @@ def exact_(model: Any) -> Any:
         for name, child in list(module.named_children()):
             new: nn.Module | None = None
             match type(child).__name__:
-                case "LlamaRMSNorm":
+                case "LlamaRMSNorm" | "MistralRMSNorm":
                     new = ExactRMSNorm(child)
                     probe = torch.randn(3, child.weight.numel())
                     torch.testing.assert_close(new(probe), child.to(probe.dtype)(probe), rtol=1e-5, atol=1e-6)
@@ -82,7 +82,7 @@ def exact_(model: Any) -> Any:
                     new = ExactLayerNorm(child)
                     probe = torch.randn(3, child.weight.numel())
                     torch.testing.assert_close(new(probe), child.to(probe.dtype)(probe), rtol=1e-5, atol=1e-5)
-                case "LlamaRotaryEmbedding":
+                case "LlamaRotaryEmbedding" | "MistralRotaryEmbedding":
                     new = ExactRotary(child, interleaved=False)
                 case "CohereRotaryEmbedding":
                     new = ExactRotary(child, interleaved=True)

@@ -146,3 +146,8 @@ LLAMA_KINDS: dict[str, dict[str, Any]] = {
 def llama_config(**changes: Any) -> transformers.LlamaConfig:
     # the library writes into the dict of RoPE that it is given
     return transformers.LlamaConfig(**copy.deepcopy({**LLAMA, **changes}))
+
+
+def mistral_config(**changes: Any) -> transformers.MistralConfig:
+    """LLaMA's sizes, and a window much shorter than the texts."""
+    return transformers.MistralConfig(**copy.deepcopy({**LLAMA, "sliding_window": 4, **changes}))

@@ -62,34 +62,157 @@ def key_mask(token_mask: Tensor) -> Tensor:
 
 
 def sliding_window_mask(
-    T: int, S: int | None = None, *, window: int, device: torch.device | str | None = None
+    T: int,
+    S: int | None = None,
+    *,
+    window: int,
+    dilation: int = 1,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    r"""Let each query see its own position and the `window` − 1 before it.
+    r"""Let each query see `window` positions: its own, and those before it at steps of `dilation`.
 
-    Aligned as `causal_mask`: with $p = i + (S - T)$ the position of query i, it sees key j when
+    Aligned as `causal_mask`: with $p = i + (S - T)$ the position of query i and $d$ the dilation, it
+    sees key j when
 
-    $$p - \mathtt{window} < j \le p.$$
+    $$p - d \cdot \mathtt{window} < j \le p \quad\text{and}\quad d \text{ divides } p - j.$$
 
-    Paper: Child et al. (2019), the locally banded pattern that GPT-3 uses in every second layer.
+    A window of S or more is the causal mask.
+
+    Paper: Child et al. (2019), the locally banded pattern that GPT-3 uses in every second layer;
+    Beltagy et al. (2020), section 3.1, for the dilation.
 
     Args:
         T: number of queries.
         S: number of keys; T when left out.
         window: how many positions a query sees at most.
+        dilation: d; 1 leaves no gaps.
         device: where the mask is made.
 
     Returns:
         A bool tensor (T, S).
 
     Raises:
-        ValueError: there are fewer keys than queries, or the window is empty.
+        ValueError: there are fewer keys than queries, the window is empty, or the dilation is not
+            positive.
 
     Book: attention-masks
     """
+    _expect_window(window, dilation)
+    mask = causal_mask(T, S, device=device)
+    before = _steps_before(*mask.shape, device=device)
+    return mask & (before < dilation * window) & (before % dilation == 0)
+
+
+def symmetric_window_mask(
+    T: int, *, window: int, dilation: int = 1, device: torch.device | str | None = None
+) -> Tensor:
+    r"""Let each position see itself and `window` − 1 positions on either side, at steps of `dilation`.
+
+    With $d$ the dilation, i sees j when
+
+    $$|i - j| < d \cdot \mathtt{window} \quad\text{and}\quad d \text{ divides } i - j.$$
+
+    What lies in it and in the causal mask is the sliding window of the same size. Longformer counts both
+    sides: its w is 2 (window − 1).
+
+    Paper: Beltagy et al. (2020), section 3.1.
+
+    Args:
+        T: number of positions.
+        window: how many positions one side has, the own one included.
+        dilation: d; 1 leaves no gaps.
+        device: where the mask is made.
+
+    Returns:
+        A bool tensor (T, T).
+
+    Raises:
+        ValueError: there are no positions, the window is empty, or the dilation is not positive.
+
+    Book: local-attention-symmetric
+    """
+    _expect_window(window, dilation)
+    _expect_positions(T)
+    apart = _steps_before(T, T, device=device).abs()
+    return (apart < dilation * window) & (apart % dilation == 0)
+
+
+def block_local_mask(
+    T: int,
+    *,
+    block: int,
+    look_back: int = 0,
+    look_ahead: int = 0,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Cut the positions into blocks, and let each see its own block and some blocks beside it.
+
+    With $b = \lfloor \cdot / \mathtt{block} \rfloor$ the number of a position's block, i sees j when
+
+    $$b(i) - \mathtt{look\_back} \le b(j) \le b(i) + \mathtt{look\_ahead},$$
+
+    and, where `causal`, $j \le i$. The last block may be shorter.
+
+    Reference: local_attention.LocalAttention, which looks one block back unless told otherwise.
+
+    Args:
+        T: number of positions.
+        block: positions in a block; with T or more, all are in one.
+        look_back: how many earlier blocks are seen.
+        look_ahead: how many later blocks are seen; 0 where `causal`.
+        causal: no position sees a later one.
+        device: where the mask is made.
+
+    Returns:
+        A bool tensor (T, T).
+
+    Raises:
+        ValueError: there are no positions, the block is empty, a count of blocks is negative, or a
+            causal mask is to look ahead.
+
+    Book: local-attention-blocks
+    """
+    _expect_positions(T)
+    expect_blocks(block, look_back, look_ahead, causal)
+    number = torch.arange(T, device=device) // block
+    back = number[:, None] - number  # how many blocks before the query's the key lies
+    mask = (-look_ahead <= back) & (back <= look_back)
+    return mask & causal_mask(T, device=device) if causal else mask
+
+
+def expect_blocks(block: int, look_back: int, look_ahead: int, causal: bool) -> None:
+    """Raise unless the sizes of a block-local pattern make sense.
+
+    Raises:
+        ValueError: as in `block_local_mask`.
+
+    Book: local-attention-blocks
+    """
+    if block < 1:
+        raise ValueError(f"block: expected at least 1, got {block}")
+    for name, count in (("look_back", look_back), ("look_ahead", look_ahead)):
+        if count < 0:
+            raise ValueError(f"{name}: expected 0 or more blocks, got {count}")
+    if causal and look_ahead:
+        raise ValueError(f"look_ahead: expected 0 where no later position may be seen, got {look_ahead}")
+
+
+def _expect_window(window: int, dilation: int) -> None:
     if window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
-    mask = causal_mask(T, S, device=device)
-    return mask & ~mask.tril(diagonal=mask.size(1) - T - window)
+    if dilation < 1:
+        raise ValueError(f"dilation: expected at least 1, got {dilation}")
+
+
+def _expect_positions(T: int) -> None:
+    if T < 1:
+        raise ValueError(f"T: expected at least 1, got {T}")
+
+
+def _steps_before(T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+    """How far before query i, one of the last T of S positions, key j lies: (T, S) integers."""
+    return torch.arange(S - T, S, device=device)[:, None] - torch.arange(S, device=device)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

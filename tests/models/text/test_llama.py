@@ -178,7 +178,7 @@ def test_old_configs_mean_what_they_meant():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, r"needs model_type = 'llama', got 'mistral'"),
+        ({"model_type": "gemma"}, r"needs model_type = 'llama', got 'gemma'"),
         ({"attention_bias": True}, r"needs attention_bias = False, got True"),
         ({"hidden_act": "gelu"}, r"needs hidden_act = 'silu', got 'gelu'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope_type is 'linear', expected"),

@@ -14,6 +14,7 @@ from references import padded_on_the_left
 from torch.utils.flop_counter import FlopCounterMode
 
 from textbook_code.layers import attention as attention_module
+from textbook_code.layers import local_attention as local_attention_module
 from textbook_code.layers.attention import Attention
 from textbook_code.layers.positions import Llama3Scaling
 from textbook_code.models.text.llama import (
@@ -234,9 +235,8 @@ def on_meta(config: LlamaConfig, patch: pytest.MonkeyPatch) -> LlamaForCausalLM:
 
 def operations(model: LlamaForCausalLM, T: int, patch: pytest.MonkeyPatch) -> int:
     """torch's count. It knows no fused attention on meta; the written-out one has the same products."""
-    patch.setattr(
-        attention_module, "fused_attention", lambda *a, **kw: attention_module.attention(*a, **kw)[0]
-    )
+    for module in (attention_module, local_attention_module):
+        patch.setattr(module, "fused_attention", lambda *a, **kw: attention_module.attention(*a, **kw)[0])
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, T, dtype=torch.long, device="meta"))
     return counter.get_total_flops()
@@ -262,6 +262,7 @@ def operations(model: LlamaForCausalLM, T: int, patch: pytest.MonkeyPatch) -> in
         ("smollm2_135m", 0.1, 1536),
         ("smollm2_360m", 0.4, 2560),
         ("smollm2_1b7", 1.7, 8192),
+        ("mistral_7b", 7.2, 14_336),
     ],
 )
 def test_the_published_sizes(size, billions, d_ff, monkeypatch):
@@ -385,6 +386,7 @@ def test_logits_that_are_not_there(num_logits):
         ({"num_kv_heads": 0}, r"num_kv_heads: expected at least 1, got 0"),
         ({"head_dim": 9}, r"head_dim: expected an even width"),
         ({"num_layers": 0}, r"num_layers: expected at least 1, got 0"),
+        ({"sliding_window": 0}, r"sliding_window: expected at least 1, got 0"),
         ({"rope_theta": 0.0}, r"theta: expected a positive number, got 0.0"),
     ],
 )

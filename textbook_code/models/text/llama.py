@@ -1,12 +1,12 @@
-"""LLaMA: the decoder that most open models after it are variants of.
+"""LLaMA: the decoder that most open models after it are variants of; Mistral, which sees a window.
 
 In this file: the config and its published sizes, the block, the decoder, its two heads, and the table
 that maps published weights to ours.
 
 B batch, T new tokens, S positions in all, D d_model, H heads, K key/value heads, Dh head_dim,
 F d_ff, V vocabulary, C classes.
-Papers: Touvron et al. (2023a, 2023b); Grattafiori et al. (2024).
-Reference: transformers.LlamaForCausalLM and its relatives.
+Papers: Touvron et al. (2023a, 2023b); Grattafiori et al. (2024); Jiang et al. (2023) for Mistral.
+Reference: transformers.LlamaForCausalLM, MistralForCausalLM and their relatives.
 
 Book: modern-decoders
 """
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from textbook_code.layers.attention import Attention
-from textbook_code.layers.cache import KVCache
+from textbook_code.layers.cache import KVCache, RollingCache
 from textbook_code.layers.checks import expect_divides, expect_sizes
 from textbook_code.layers.decoding import decoder_inputs, last_hidden
 from textbook_code.layers.embeddings import TokenEmbedding
 from textbook_code.layers.feed_forward import GatedFeedForward
+from textbook_code.layers.local_attention import LocalAttention
 from textbook_code.layers.norms import RMSNorm
 from textbook_code.layers.positions import Llama3Scaling, RotaryPositions
 from textbook_code.pretrained import Pretrained
@@ -64,7 +65,8 @@ class LlamaConfig:
     """The sizes of a LLaMA; the defaults are LLaMA 1, 7B.
 
     `head_dim` is d_model / num_heads when left out. `scaling` stretches RoPE for a longer context.
-    `tied`: whether the output layer is the transpose of the token table.
+    `tied`: whether the output layer is the transpose of the token table. `sliding_window`: how many
+    positions a query sees, its own included; all when left out.
 
     Raises:
         ValueError: a size is not positive, or the head counts do not divide.
@@ -84,6 +86,7 @@ class LlamaConfig:
     scaling: Llama3Scaling | None = None
     norm_eps: float = 1e-6
     tied: bool = False
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         expect_sizes(self)
@@ -224,6 +227,17 @@ class LlamaConfig:
         d_ff = swiglu_width(2048, multiplier=1.5)
         return cls._smollm2(24, 2048, 32, 32, d_ff, **{"rope_theta": 130_000.0, **other})
 
+    # Mistral: LLaMA 2's shape, keys shared, in every layer a window
+
+    @classmethod
+    def mistral_7b(cls, **other: Any) -> Self:
+        """32 layers of width 4096 that see 4096 positions each (version 0.1).
+
+        Book: local-attention-cache
+        """
+        windowed = {"max_seq_len": 32_768, "norm_eps": 1e-5, "sliding_window": 4096, **other}
+        return cls._sized(32, 4096, 32, 8, 14_336, **windowed)
+
     def num_parameters(self) -> int:
         r"""How many numbers the language model holds; a tied output layer counts once.
 
@@ -238,9 +252,9 @@ class LlamaConfig:
     def flops(self, T: int) -> int:
         r"""Operations of one forward pass over T tokens, 2 for each multiply-add of a matrix product.
 
-        $$L\,(2T\,(2 D H D_h + 2 D K D_h + 3 D F) + 4 T^2 H D_h) + 2 T D V,$$
+        $$L\,(2T\,(2 D H D_h + 2 D K D_h + 3 D F) + 4 T \min(T, W)\, H D_h) + 2 T D V,$$
 
-        attention counted as the full T × T square, logits at all positions.
+        attention counted as the full T × T square, or T × W with a window W, logits at all positions.
 
         Raises:
             ValueError: T is not positive.
@@ -251,7 +265,8 @@ class LlamaConfig:
             raise ValueError(f"T: expected at least 1, got {T}")
         D, F, Dh = self.d_model, self.d_ff, self.head_dim
         matrices = 2 * D * (self.num_heads + self.num_kv_heads) * Dh + 3 * D * F
-        block = 2 * T * matrices + 4 * T * T * self.num_heads * Dh
+        seen = T if self.sliding_window is None else min(T, self.sliding_window)
+        block = 2 * T * matrices + 4 * T * seen * self.num_heads * Dh
         return self.num_layers * block + 2 * T * D * self.vocab_size
 
 
@@ -266,13 +281,14 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, norm_eps=config.norm_eps)
-        self.attn = Attention(
-            config.d_model,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            bias=False,
-        )
+        heads = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        self.attn: Attention | LocalAttention
+        if config.sliding_window is None:
+            self.attn = Attention(config.d_model, config.num_heads, **heads, bias=False)
+        else:
+            self.attn = LocalAttention(
+                config.d_model, config.num_heads, **heads, window=config.sliding_window, bias=False
+            )
         self.ffn_norm = RMSNorm(config.d_model, norm_eps=config.norm_eps)
         self.ffn = GatedFeedForward(config.d_model, config.d_ff, activation="silu")
 
@@ -331,7 +347,8 @@ class _LlamaPretrained(Pretrained):
     def config_from_hf(cls, theirs: Mapping[str, Any]) -> LlamaConfig:
         """As in `Pretrained`; fields that older files lack have the values that were meant then.
 
-        RoPE stands in `rope_parameters`, in older files in `rope_theta` and `rope_scaling`.
+        RoPE stands in `rope_parameters`, in older files in `rope_theta` and `rope_scaling`. A file of the
+        type "mistral" describes the same decoder, with a `sliding_window`.
 
         Raises:
             WeightError: it describes another architecture, lacks a field, or stretches RoPE in a way
@@ -345,15 +362,26 @@ class _LlamaPretrained(Pretrained):
         if filled.get("num_key_value_heads") is None:
             filled["num_key_value_heads"] = filled.get("num_attention_heads")
         filled.setdefault("head_dim", None)
-        return replace(super().config_from_hf(filled), scaling=_scaling(rope))
+        window = None
+        if filled.get("model_type") == "mistral":
+            filled["model_type"], window = "llama", filled.get("sliding_window")
+        return replace(super().config_from_hf(filled), scaling=_scaling(rope), sliding_window=window)
 
     def config_to_hf(self) -> dict[str, Any]:
         rope: dict[str, Any] = {"rope_type": "default"}
         if self.config.scaling is not None:
             rope = {"rope_type": "llama3"}
             rope |= {_LLAMA3[ours]: value for ours, value in asdict(self.config.scaling).items()}
+        windowed: dict[str, Any] = {}
+        if self.config.sliding_window is not None:  # published under another name
+            windowed = {
+                "model_type": "mistral",
+                "architectures": [self.hf_architecture.replace("Llama", "Mistral")],
+                "sliding_window": self.config.sliding_window,
+            }
         return {
             **super().config_to_hf(),
+            **windowed,
             "rope_parameters": {**rope, "rope_theta": self.config.rope_theta},
             "rope_scaling": None if self.config.scaling is None else rope,  # what older readers look for
         }
@@ -450,6 +478,8 @@ class Llama(_LlamaPretrained, nn.Module):
     def make_cache(self, batch_size: int, max_seq_len: int | None = None) -> list[KVCache]:
         """An empty cache for each block, in the dtype and on the device of the weights.
 
+        With a sliding window it is a ring of that many positions, however long the text.
+
         Args:
             batch_size: B.
             max_seq_len: most positions to be stored; the whole context when left out.
@@ -457,16 +487,13 @@ class Llama(_LlamaPretrained, nn.Module):
         Book: attention-cache
         """
         config, weight = self.config, self.token_embed.weight
+        where: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        kind: type[KVCache] = KVCache
+        positions = config.max_seq_len if max_seq_len is None else max_seq_len
+        if config.sliding_window is not None:
+            kind, positions = RollingCache, config.sliding_window
         return [
-            KVCache(
-                batch_size,
-                config.num_kv_heads,
-                config.max_seq_len if max_seq_len is None else max_seq_len,
-                config.head_dim,
-                dtype=weight.dtype,
-                device=weight.device,
-            )
-            for _ in self.blocks
+            kind(batch_size, config.num_kv_heads, positions, config.head_dim, **where) for _ in self.blocks
         ]
 
 
