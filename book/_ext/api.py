@@ -84,7 +84,8 @@ def _fields(lines: list[str]) -> Iterator[str]:
 
 
 def _item(kind: str, names: str, text: str) -> Iterator[str]:
-    """``q, k: …`` as one field for each name."""
+    """``q, k: …`` as one field for each name; ``B.`` is a letter, and does not begin a list."""
+    text = re.sub(r"^(\w\.)(?= |$)", r"\\\1", text)
     for name in names.replace("*", r"\*").split(", "):
         yield f":{kind} {name}: {text}"
 

@@ -33,6 +33,11 @@ def test_inline(text: str, expected: str) -> None:
     assert rst(text) == expected
 
 
+def test_a_letter_begins_no_list() -> None:
+    assert ":param b: \\B." in rst("Args:\n    b: B.\n")
+    assert ":param b: B and more." in rst("Args:\n    b: B and more.\n")
+
+
 def test_displayed_formula() -> None:
     assert rst("So\n\n$$y = x,$$\n\nwhere").split() == ["So", "..", "math::", "y", "=", "x,", "where"]
     assert ".. math::\n\n   y = x\n   z\n" in rst("$$\ny = x\nz\n$$\nwhere")
