@@ -1,4 +1,6 @@
-"""``{api}``: the reference of every public module, made by autodoc from the docstrings.
+"""``{api} NAMES``: the reference of these modules and of all in them, made by autodoc from the docstrings.
+
+Names are those below the package, ``layers`` or ``models.text``; without any, all of the package is meant.
 
 Docstrings are written for people who read code, in Markdown; autodoc wants reStructuredText, so they are
 translated on the way: `code`, $mathematics$, displayed formulas and indented blocks. The line
@@ -82,7 +84,8 @@ def _fields(lines: list[str]) -> Iterator[str]:
 
 
 def _item(kind: str, names: str, text: str) -> Iterator[str]:
-    """``q, k: …`` as one field for each name."""
+    """``q, k: …`` as one field for each name; ``B.`` is a letter, and does not begin a list."""
+    text = re.sub(r"^(\w\.)(?= |$)", r"\\\1", text)
     for name in names.replace("*", r"\*").split(", "):
         yield f":{kind} {name}: {text}"
 
@@ -187,6 +190,24 @@ def public_bases(app: Sphinx, name: str, obj: Any, options: Any, bases: list[Any
     bases[:] = found
 
 
+def chosen(names: list[str], rooms: list[str]) -> list[str]:
+    """The modules that are, or are in, one of the rooms; all of them where no room is named.
+
+    A name that ends in a dot stands for that module alone, and a dot for the package itself.
+
+    Raises:
+        ValueError: there is nothing of a room's name.
+    """
+    found: list[str] = []
+    for room in rooms:
+        full = f"{PACKAGE}.{room}".rstrip(".")
+        mine = [name for name in names if name == full or (name.startswith(f"{full}.") and room[-1] != ".")]
+        if not mine:
+            raise ValueError(f"api: there is no {full}")
+        found += mine
+    return found if rooms else names
+
+
 def markdown(names: list[str]) -> str:
     """A section for each module, with autodoc's directive in it."""
     out = []
@@ -209,13 +230,21 @@ def markdown(names: list[str]) -> str:
 
 
 class Api(Generated):
-    """``{api}``"""
+    """``{api} NAMES``"""
+
+    optional_arguments = 1
+    final_argument_whitespace = True
 
     def reads(self) -> list[Path]:
         return [package_folder()]
 
     def markdown(self) -> str:
-        return markdown([name for name, path in modules(package_folder()) if path.read_text("utf-8").strip()])
+        rooms = self.arguments[0].split() if self.arguments else []
+        names = [name for name, path in modules(package_folder()) if path.read_text("utf-8").strip()]
+        try:
+            return markdown(chosen(names, rooms))
+        except ValueError as error:
+            raise self.error(str(error)) from error
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import api
 import codeindex
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rst(text: str) -> str:
@@ -27,6 +31,11 @@ def rst(text: str) -> str:
 )
 def test_inline(text: str, expected: str) -> None:
     assert rst(text) == expected
+
+
+def test_a_letter_begins_no_list() -> None:
+    assert ":param b: \\B." in rst("Args:\n    b: B.\n")
+    assert ":param b: B and more." in rst("Args:\n    b: B and more.\n")
 
 
 def test_displayed_formula() -> None:
@@ -129,8 +138,33 @@ def test_an_unknown_name_of_ours_is_an_error(tiny_book, package) -> None:
     assert any("reference target not found: Nothing" in line for line in tiny_book.build().warnings)
 
 
-def test_every_module_has_a_section() -> None:
-    names = [name for name, _ in codeindex.modules(codeindex.package_folder())]
+def test_rooms_are_chosen_by_name() -> None:
+    names = ["pkg", "pkg.a", "pkg.a.one", "pkg.a.two", "pkg.ab", "pkg.b"]
+    names = [name.replace("pkg", codeindex.PACKAGE) for name in names]
+    for rooms, expected in (
+        ([], names),
+        (["a"], names[1:4]),
+        (["b", "."], [names[5], names[0]]),
+        (["a."], names[1:2]),
+    ):
+        assert api.chosen(names, rooms) == expected
+    with pytest.raises(ValueError, match=r"there is no textbook_code\.c$"):
+        api.chosen(names, ["b", "c"])
+
+
+def test_an_unknown_room_is_an_error(tiny_book, package) -> None:
+    package(SOURCE.replace(" -> NOTHING", ""))
+    tiny_book.write({"index.md": PAGE.replace("{api}", "{api} thinks")})
+    assert any("there is no tiny_package.thinks" in line for line in tiny_book.build().warnings)
+
+
+def test_every_module_has_one_section() -> None:
+    modules = codeindex.modules(codeindex.package_folder())
+    names = [name for name, path in modules if path.read_text("utf-8").strip()]
+    pages = [page.read_text("utf-8") for page in (ROOT / "book/appendix/api").glob("*.md")]
+    rooms = [re.search(r"^```\{api\} (.+)$", page, re.MULTILINE)[1].split() for page in pages]
+    shown = [name for page in rooms for name in api.chosen(names, page)]
+    assert sorted(shown) == sorted(names)
     text = api.markdown(names)
     for name in names:
         assert f".. automodule:: {name}\n" in text
