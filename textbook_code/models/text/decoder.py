@@ -12,10 +12,39 @@ Book: part-advanced-bench
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
+from textbook_code.layers.attention import Attention
 from textbook_code.layers.embeddings import TokenEmbedding
+from textbook_code.layers.positions import BiasesScores, Rotates
 from textbook_code.layers.residual import Residual
+
+
+class CausalAttention(nn.Module):
+    """The bench's attention branch: it looks at no later position, and is told places in the way given.
+
+    Args:
+        attn: the attention itself.
+        rotary: turns queries and keys, as `RotaryPositions`; they are not turned when left out.
+        score_bias: is added to the scores, as `RelativeBias` or `ALiBi`; nothing is when left out.
+
+    Book: part-advanced-bench
+    """
+
+    def __init__(
+        self, attn: Attention, *, rotary: Rotates | None = None, score_bias: BiasesScores | None = None
+    ) -> None:
+        super().__init__()
+        self.attn, self.rotary, self.score_bias = attn, rotary, score_bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        T = x.size(1)
+        turn = None if self.rotary is None else self.rotary(torch.arange(T, device=x.device), x.dtype)
+        bias = None if self.score_bias is None else self.score_bias(T, T)
+        out: Tensor = self.attn(x, causal=True, rotary=turn, score_bias=bias)
+        return out
 
 
 class Block(nn.Module):
