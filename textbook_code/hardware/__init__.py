@@ -1,0 +1,4 @@
+"""What the machine does: bytes and, later, time.
+
+Book: attention-variants
+"""
