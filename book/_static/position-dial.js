@@ -190,7 +190,8 @@ const positionDial = (() => {
       const longest = (2 * Math.PI) / omega.at(-1);
       says.textContent =
         `At a distance of ${counted(distance)} tokens the score is ${shown(score)}; ${turned} of ` +
-        `${omega.length} hands have come round. The slowest takes ${counted(longest)} tokens a turn.`;
+        `${omega.length} hands have come round. The slowest takes ${counted(longest)} tokens a turn.` +
+        (now.scaling === "none" ? "" : ` Scaling: ${now.scaling}, for ${now.factor} times the context.`);
       curve.setAttribute(
         "aria-label",
         `Score of a vector with itself, from 1 to ${counted(farthest)} tokens, ` +

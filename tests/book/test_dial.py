@@ -118,7 +118,9 @@ def test_by_keyboard_alone(page: Page) -> None:
     page.get_by_label("by", exact=True).focus()
     page.keyboard.press("End")
     slowest = round(16 * 2 * torch.pi / RotaryPositions(64).frequencies()[-1].item())
-    assert f"{slowest:,} tokens a turn" in page.inner_text(".pd-says >> nth=0")
+    said = page.inner_text(".pd-says >> nth=0")
+    assert f"{slowest:,} tokens a turn" in said
+    assert said.endswith("Scaling: linear, for 16 times the context.")
     page.get_by_label("Heads", exact=True).focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")

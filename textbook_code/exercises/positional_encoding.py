@@ -165,7 +165,8 @@ import torch
 def bias(num_heads, T, S):
     n = 1 << (num_heads.bit_length() - 1)
     slopes = [2 ** (-8 * h / n) for h in range(1, n + 1)]
-    slopes += [2 ** (-4 * h / n) for h in range(1, 2 * n, 2)][: num_heads - n]
+    between = [2 ** (-4 * h / n) for h in range(1, 2 * n, 2)]
+    slopes += between[: num_heads - n]
     queries, keys = torch.arange(T), torch.arange(S)
     distance = keys - queries[:, None]  # (T, S)
     return -torch.tensor(slopes)[:, None, None] * distance
