@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks import decoding
+from benchmarks import decoding, optimizers
 from benchmarks.families import BATCH, FAMILIES, LENGTH, Published
 from textbook_code.layers.attention import Attention
 from textbook_code.models.text.bert import Bert, BertConfig
@@ -21,7 +21,10 @@ OURS, TRANSFORMERS, TORCH, PUBLISHED = "textbook_code", "transformers", "torch.n
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare at one size: evaluation (`forward`), training (`step`) or writing (`decode`)."""
+    """One thing to compare at one size.
+
+    Evaluation (`forward`), training (`step`), writing (`decode`) or a step of an optimizer (`update`).
+    """
 
     model: str
     mode: str
@@ -32,6 +35,8 @@ class Case:
     def what(self) -> str:
         if self.mode == "decode":
             return f"SmolLM2, {decoding.NEW} tokens with cache, {self.model}"
+        if self.mode == "update":
+            return optimizers.what(self.model)
         known = {"attention": "Attention", "bert": "BERT"}
         name = known.get(self.model) or FAMILIES[self.model].called
         mode = {"forward": "forward", "step": "training step"}[self.mode]
@@ -41,7 +46,7 @@ class Case:
     def peers(self) -> tuple[str, ...]:
         if self.mode == "decode":
             return (TRANSFORMERS,)
-        return (PUBLISHED,) if self.model in FAMILIES else (TRANSFORMERS, TORCH)
+        return (PUBLISHED,) if self.model in FAMILIES or self.mode == "update" else (TRANSFORMERS, TORCH)
 
     @property
     def with_memory(self) -> bool:
@@ -52,6 +57,8 @@ class Case:
         """The peer's name, as a row tells it."""
         if self.mode == "decode":
             return decoding.PEER
+        if self.mode == "update":
+            return optimizers.PEERS[self.model]
         return FAMILIES[self.model].peer if self.model in FAMILIES else PEERS[self.model, who]
 
 
@@ -62,6 +69,7 @@ CASES = [
     for batch, length in SIZES
 ]
 CASES += [Case(model, mode, BATCH, LENGTH) for model in FAMILIES for mode in ("forward", "step")]
+CASES += [Case(name, "update", 1, 1) for name in optimizers.PEERS]
 CASES += [Case(dtype, "decode", 1, decoding.PROMPT) for dtype in ("float32", "bfloat16")]
 
 PEERS = {
@@ -149,6 +157,8 @@ def build(case: Case, who: str, *, seed: int = 0) -> tuple[Callable[[], Tensor],
     torch.manual_seed(seed)
     if case.mode == "decode":
         return decoding.build(who, getattr(torch, case.model), OURS)
+    if case.mode == "update":
+        return optimizers.build(case.model, who, OURS)
     if case.model in FAMILIES:
         return _work(case, *_family(case, who))
     if case.model == "attention":

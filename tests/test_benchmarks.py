@@ -47,6 +47,18 @@ def test_published_families_compute_what_ours_do(family: str) -> None:
     assert torch.isfinite(step()), "what it kept from its evaluation does not keep it from training"
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "sophia-h"])
+def test_published_optimizers_go_where_ours_do(name: str) -> None:
+    case = subjects.Case(name, "update", 1, 1)
+    _, ours = subjects.build(case, subjects.OURS)
+    step, theirs = subjects.build(case, subjects.PUBLISHED)
+    assert 10e6 < len(ours) < 12e6
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+    step()
+    start = torch.manual_seed(0) and torch.randn(4096, 320).flatten() * 0.02
+    assert (ours[: len(start)] - start).abs().median() > 1e-4, "the weights have moved"
+
+
 def test_both_write_the_same_tokens() -> None:
     case = subjects.CASES[-2]
     assert (case.mode, case.model) == ("decode", "float32")
@@ -131,7 +143,7 @@ def test_the_import_is_light() -> None:
 
 def test_the_committed_results_are_whole() -> None:
     expected = [(case.what, case.peer(who)) for case in subjects.CASES for who in case.peers]
-    assert len(expected) == 8 * 2 + 8 * 2 + 2
+    assert len(expected) == 8 * 2 + 8 * 2 + 3 + 2
     assert [(row["what"], row["peer"]) for row in RESULTS["rows"]] == expected
     for row in RESULTS["rows"]:
         assert row["low"] <= row["ratio"] <= row["high"], row

@@ -144,6 +144,22 @@ def test_groups_have_their_own_settings(kind: str) -> None:
     assert all(not torch.equal(b, p) for b, (_, p) in zip(before[1:], params[1:], strict=True))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "muon"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_up_is_down_the_negative(kind: str, foreach: bool) -> None:
+    down, up = (
+        trajectory(
+            lambda p, m=maximize: KINDS[kind](p, lr=0.01, weight_decay=0.1, maximize=m, foreach=foreach),
+            steps=6,
+            keep=(6,),
+            scale=1.0 if maximize else -1.0,
+            before_step=lambda o, _, step: estimate(o, step),
+        )["after 6 steps"]
+        for maximize in (False, True)
+    )
+    assert torch.equal(down, up)
+
+
 @ALL
 def test_a_closure_gives_its_loss_back(kind: str) -> None:
     model, other = network(), network()

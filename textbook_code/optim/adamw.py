@@ -94,7 +94,8 @@ class AdamW(Optimizer):
             state["step"] += 1
         t, m, v = states[0]["step"], [s["m"] for s in states], [s["v"] for s in states]
 
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)

@@ -68,7 +68,8 @@ class Lion(Optimizer):
         self, params: list[Tensor], grads: Tensors, states: list[State], group: dict[str, Any]
     ) -> None:
         lr, (beta1, beta2), m = group["lr"], group["betas"], [s["m"] for s in states]
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         direction = torch._foreach_lerp(m, grads, 1 - beta1)
         torch._foreach_sign_(direction)
         torch._foreach_add_(params, direction, alpha=-lr)

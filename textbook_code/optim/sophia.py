@@ -235,7 +235,8 @@ class SophiaH(_Sophia):
         for state in states:
             state["step"] += 1
         torch._foreach_lerp_(m, grads, 1 - group["betas"][0])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         scale = torch._foreach_mul([s["h"] for s in states], group["gamma"])
         torch._foreach_clamp_min_(scale, group["eps"])
         ratio = torch._foreach_div(m, scale)
@@ -342,7 +343,8 @@ class SophiaG(_Sophia):
         for state in states:
             state["step"] += 1
         torch._foreach_lerp_(m, grads, 1 - group["betas"][0])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         scale = torch._foreach_mul([s["h"] for s in states], group["rho"] * group["batch_tokens"])
         torch._foreach_add_(scale, 1e-15)
         # the scale is positive, so that sign(m) min(|m| / scale, 1) is m / scale, clipped on both sides
