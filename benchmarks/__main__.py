@@ -40,7 +40,9 @@ ABOUT = (
     "GPT's; ours also looks through the gradients for NaN, and the peers' do not. SmolLM2 writes "
     "32 tokens behind a prompt of 16, greedily, with a cache; the roofline is the time in which the bytes of "
     "weights and cache arrive, at the bandwidth that multiplying by the model's matrices reaches alone, the "
-    "prompt's pass not counted."
+    "prompt's pass not counted. The window of 256 is compared with torch's kernel on the same queries and "
+    "keys, 8 heads of 64 in one text of 4,096: handed the window as a mask, which is the same function; and "
+    "without a mask or causal, which are others, to see what is saved. It has no part in the mean."
 )
 
 
@@ -79,7 +81,7 @@ def main() -> int:
         "versions": versions() | {"transformers": _version("transformers")},
         "about": ABOUT,
         "rows": rows,
-        "other": [against_the_faster(rows)] * bool(rows) + decoded(rows) + other(options.cold, console),
+        "other": against_the_faster(rows) + decoded(rows) + other(options.cold, console),
     }
     show(results, console)
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
@@ -236,17 +238,23 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def slowest(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """For each case the ratio to the faster of its peers."""
+    """For each case whose peers compute the same, the ratio to the faster of them."""
+    from benchmarks.subjects import CASES
+
+    counted = {case.what for case in CASES if case.in_mean}
     faster: dict[str, float] = {}
     for row in rows:
-        faster[row["what"]] = min(faster.get(row["what"], math.inf), row["ratio"])
+        if row["what"] in counted:
+            faster[row["what"]] = min(faster.get(row["what"], math.inf), row["ratio"])
     return faster
 
 
-def against_the_faster(rows: list[dict[str, Any]]) -> dict[str, str]:
+def against_the_faster(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     ratios = slowest(rows).values()
+    if not ratios:
+        return []
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return {"what": "geometric mean of the ratios to the faster peer of each pair", "value": f"{mean:.3f}"}
+    return [{"what": "geometric mean of the ratios to the faster peer of each pair", "value": f"{mean:.3f}"}]
 
 
 def _quotient(a: int | None, b: int | None) -> float | None:

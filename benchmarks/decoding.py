@@ -20,8 +20,17 @@ PROMPT, NEW = 16, 32
 PEER = "transformers, LlamaForCausalLM.generate (SDPA)"
 
 
-def build(who: str, dtype: torch.dtype, ours: str) -> tuple[Callable[[], Tensor], Tensor]:
+def what(dtype: str) -> str:
+    return f"SmolLM2, {NEW} tokens with cache, {dtype}"
+
+
+def peers(dtype: str) -> dict[str, str]:
+    return {"transformers": PEER}
+
+
+def build(dtype_name: str, who: str, ours: str) -> tuple[Callable[[], Tensor], Tensor]:
     """Write 32 tokens behind a prompt of 16, greedily and with a cache; and the tokens written."""
+    dtype = getattr(torch, dtype_name)
     prompt = torch.randint(5, 40_000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     if who == ours:
         model = _ours(dtype)

@@ -28,6 +28,10 @@ def what(name: str) -> str:
     return f"{CALLED[name]}, a step, 11 million parameters"
 
 
+def peers(name: str) -> dict[str, str]:
+    return {"published": PEERS[name]}
+
+
 def shapes(D: int = 320, layers: int = 8) -> list[tuple[int, ...]]:
     """Tables of tokens and positions, and in each block two norms and six matrices with their biases."""
     block: list[tuple[int, ...]] = [(D,)] * 4  # gains and shifts

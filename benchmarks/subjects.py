@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks import decoding, optimizers
+from benchmarks import decoding, optimizers, windows
 from benchmarks.families import BATCH, FAMILIES, LENGTH, Published
 from textbook_code.layers.attention import Attention
 from textbook_code.models.text.bert import Bert, BertConfig
@@ -19,12 +19,14 @@ SIZES = ((8, 128), (1, 512))  # batch, length
 OURS, TRANSFORMERS, TORCH, PUBLISHED = "textbook_code", "transformers", "torch.nn", "published"
 
 
+ELSEWHERE = {"decode": decoding, "update": optimizers, "window": windows}
+"""Modes of work that have a module each, with `what`, `peers` and `build`: writing, a step of an optimizer, a
+window beside the square that it leaves out."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare at one size.
-
-    Evaluation (`forward`), training (`step`), writing (`decode`) or a step of an optimizer (`update`).
-    """
+    """One thing to compare at one size: evaluation (`forward`), training (`step`), or a mode elsewhere."""
 
     model: str
     mode: str
@@ -33,10 +35,8 @@ class Case:
 
     @property
     def what(self) -> str:
-        if self.mode == "decode":
-            return f"SmolLM2, {decoding.NEW} tokens with cache, {self.model}"
-        if self.mode == "update":
-            return optimizers.what(self.model)
+        if self.mode in ELSEWHERE:
+            return ELSEWHERE[self.mode].what(self.model)
         known = {"attention": "Attention", "bert": "BERT"}
         name = known.get(self.model) or FAMILIES[self.model].called
         mode = {"forward": "forward", "step": "training step"}[self.mode]
@@ -44,21 +44,24 @@ class Case:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        if self.mode == "decode":
-            return (TRANSFORMERS,)
-        return (PUBLISHED,) if self.model in FAMILIES or self.mode == "update" else (TRANSFORMERS, TORCH)
+        if self.mode in ELSEWHERE:
+            return tuple(ELSEWHERE[self.mode].peers(self.model))
+        return (PUBLISHED,) if self.model in FAMILIES else (TRANSFORMERS, TORCH)
 
     @property
     def with_memory(self) -> bool:
         """Whether the memory is measured too, in processes of their own, which takes its time."""
-        return self.model in ("attention", "bert")
+        return self.model in ("attention", "bert") and self.mode not in ELSEWHERE
+
+    @property
+    def in_mean(self) -> bool:
+        """Whether ours and the peers compute the same: a window is no peer of the whole square."""
+        return self.mode != "window"
 
     def peer(self, who: str) -> str:
         """The peer's name, as a row tells it."""
-        if self.mode == "decode":
-            return decoding.PEER
-        if self.mode == "update":
-            return optimizers.PEERS[self.model]
+        if self.mode in ELSEWHERE:
+            return ELSEWHERE[self.mode].peers(self.model)[who]
         return FAMILIES[self.model].peer if self.model in FAMILIES else PEERS[self.model, who]
 
 
@@ -71,6 +74,7 @@ CASES = [
 CASES += [Case(model, mode, BATCH, LENGTH) for model in FAMILIES for mode in ("forward", "step")]
 CASES += [Case(name, "update", 1, 1) for name in optimizers.PEERS]
 CASES += [Case(dtype, "decode", 1, decoding.PROMPT) for dtype in ("float32", "bfloat16")]
+CASES += [Case("attention", "window", 1, windows.LENGTH)]
 
 PEERS = {
     ("attention", TRANSFORMERS): "transformers, BertSelfAttention (SDPA) and its output layer",
@@ -155,10 +159,8 @@ class TorchBert(nn.Module):
 def build(case: Case, who: str, *, seed: int = 0) -> tuple[Callable[[], Tensor], Tensor]:
     """The work to time, and the output in evaluation mode that all subjects of a case must share."""
     torch.manual_seed(seed)
-    if case.mode == "decode":
-        return decoding.build(who, getattr(torch, case.model), OURS)
-    if case.mode == "update":
-        return optimizers.build(case.model, who, OURS)
+    if case.mode in ELSEWHERE:
+        return ELSEWHERE[case.mode].build(case.model, who, OURS)
     if case.model in FAMILIES:
         return _work(case, *_family(case, who))
     if case.model == "attention":
