@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from textbook_code.layers import sparse_attention as sparse
 from textbook_code.layers.attention import Attention, attention
+from textbook_code.layers.local_attention import windowed_attention
 from textbook_code.layers.masks import causal_mask, key_mask, sliding_window_mask
 from textbook_code.layers.sparse_attention import (
     PARTS,
@@ -151,6 +152,13 @@ def test_windows_in_chunks_are_dense(T, half, masked, seed):
         global_tokens=find_global(global_mask),
     )
     assert gap(cheap, attention(*inputs, mask)[0], inputs, token_mask) < 1e-11
+
+
+def test_without_global_tokens_it_is_the_windowed_attention_of_the_other_module():
+    inputs = qkv(3, 2, 41)
+    token_mask, _ = random_masks(41, 0)
+    other = windowed_attention(*inputs, token_mask, window=5, causal=False)
+    assert gap(window_attention(*inputs, window=8, token_mask=token_mask), other, inputs, token_mask) < 1e-11
 
 
 @given(block_size=st.integers(1, 5), N=st.integers(5, 12), seed=seeds, data=st.data())
@@ -572,7 +580,7 @@ BLOCKS = random_blocks(10, num_random=2, num_heads=3, seed=0)
         (
             lambda: window_mask(9, window=4, dilation=0),
             ValueError,
-            "dilation: expected a positive integer, got 0",
+            "dilation: expected at least 1, got 0",
         ),
         (lambda: window_attention(**GOOD, window=5), ValueError, "window: expected a positive even number"),
         (lambda: window_attention(**GOOD, window=0), ValueError, "window: expected a positive even number"),

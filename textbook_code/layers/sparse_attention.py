@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .attention import fused_attention
 from .checks import expect_bool, expect_divides, expect_dtype, expect_shape
-from .masks import causal_mask, key_mask, sliding_window_mask
+from .masks import block_local_mask, causal_mask, key_mask, sliding_window_mask, symmetric_window_mask
 
 PARTS = ("merged", "first", "second")
 
@@ -225,9 +225,8 @@ def fixed_mask(
     """
     _expect_summary(stride, summary)
     _expect_part(part)
-    i, causal = torch.arange(T, device=device), causal_mask(T, device=device)
-    own = (i[:, None] // stride == i // stride) & causal
-    ends = (i % stride >= stride - summary) & causal
+    own = block_local_mask(T, block=stride, device=device)
+    ends = (torch.arange(T, device=device) % stride >= stride - summary) & causal_mask(T, device=device)
     return {"first": own, "second": ends, "merged": own | ends}[part]
 
 
@@ -383,10 +382,7 @@ def window_mask(
     Book: sparse-longformer
     """
     _expect_even(window)
-    _expect_positive("dilation", dilation)
-    i = torch.arange(T, device=device)
-    apart = i[:, None] - i
-    return (apart.abs() <= dilation * (window // 2)) & (apart % dilation == 0)
+    return symmetric_window_mask(T, window=window // 2 + 1, dilation=dilation, device=device)
 
 
 def _expect_even(window: int) -> None:
