@@ -154,7 +154,7 @@ def test_the_reference_counts_its_first_block_again_where_it_does_not_train():
 
 
 def test_the_reference_draws_from_the_beginning_of_a_long_text():
-    """Its plan takes the random blocks of all rows from the first 2r + 5 blocks; ours come from everywhere."""
+    """Its plan takes the random blocks of all rows from the first 2r + 5 blocks; ours from everywhere."""
     _, theirs = block_sparse(reference(BigBirdBlockSparseAttention, seed=0), training=True)
     N = T // BLOCK
     assert int(theirs.max()) < 2 * R + 5 < N
