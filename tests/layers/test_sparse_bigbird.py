@@ -87,7 +87,7 @@ class InTraining(nn.Module):
 @parity_row(
     "bigbird",
     "block-sparse attention",
-    "transformers.models.big_bird.modeling_big_bird.BigBirdBlockSparseAttention",
+    "transformers.BigBirdModel",
     page="sparse-bigbird",
 )
 def test_block_sparse_attention(parity):
@@ -112,7 +112,7 @@ def test_block_sparse_attention(parity):
 @parity_row(
     "bigbird",
     "full attention of a short text",
-    "transformers.models.big_bird.modeling_big_bird.BigBirdSelfAttention",
+    "transformers.BigBirdModel",
     page="sparse-bigbird",
 )
 def test_original_full(parity):

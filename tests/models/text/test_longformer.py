@@ -87,12 +87,7 @@ def theirs(model: nn.Module, global_mask: Tensor | None, **kw: Any) -> Any:
         return model(BATCH.tokens, attention_mask=BATCH.token_mask.long(), global_attention_mask=marked, **kw)
 
 
-@parity_row(
-    "longformer",
-    "attention",
-    "transformers.models.longformer.modeling_longformer.LongformerSelfAttention",
-    page="sparse-longformer",
-)
+@parity_row("longformer", "attention", "transformers.LongformerSelfAttention", page="sparse-longformer")
 def test_attention(parity):
     """The layer alone: padding, several global tokens in one text and none in another."""
     config = transformers.LongformerConfig(**{**copy.deepcopy(SIZES), "attention_window": [8, 8, 8]})
