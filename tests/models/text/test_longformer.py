@@ -14,8 +14,11 @@ import torch.nn.functional as F
 import transformers
 from parity import Batch, ParityError, check_loading, compare, loud_, parity_row, ragged_batch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
+from textbook_code.layers import sparse_attention
+from textbook_code.layers.attention import attention
 from textbook_code.layers.sparse_attention import LongformerAttention
 from textbook_code.models.text.longformer import (
     Longformer,
@@ -218,6 +221,23 @@ def test_parameters(size):
         reference = transformers.LongformerForMaskedLM(transformers.LongformerConfig(**written))
     counts = {sum(p.numel() for p in m.parameters()) for m in (model, reference)}
     assert counts == {config.num_parameters()}
+
+
+@pytest.mark.parametrize("marked", [0, 1, 3])
+def test_operations(marked, monkeypatch):
+    """By torch's counter, which does not know every attention kernel: so the global rows are written out."""
+    monkeypatch.setattr(
+        sparse_attention, "fused_attention", lambda q, k, v, m, **kw: attention(q, k, v, m)[0]
+    )
+    config = LongformerConfig(
+        vocab_size=97, d_model=35, num_layers=3, num_heads=5, d_ff=53, max_seq_len=72, windows=(8, 24, 12)
+    )
+    model = LongformerForMaskedLM(config).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, 72).long(), global_mask=torch.arange(72)[None] < marked)
+    assert counter.get_total_flops() == config.flops(72, num_global=marked)
+    with pytest.raises(ValueError, match=r"T: expected 1 to 72 tokens \(max_seq_len\), got 73"):
+        config.flops(73)
 
 
 # ------------------------------------------------------------------------------------------------
