@@ -138,16 +138,23 @@ def random_masks(T: int, seed: int) -> tuple[Tensor, Tensor]:
     return token_mask, global_mask
 
 
-@given(T=lengths, half=st.integers(1, 12), masked=st.booleans(), seed=seeds)
-def test_windows_in_chunks_are_dense(T, half, masked, seed):
+@given(
+    T=lengths,
+    half=st.integers(1, 12),
+    dilation=st.sampled_from([1, 1, 2, 3, 5]),
+    masked=st.booleans(),
+    seed=seeds,
+)
+def test_windows_in_chunks_are_dense(T, half, dilation, masked, seed):
     inputs = qkv(3, 2, T, seed=seed)
     token_mask, global_mask = random_masks(T, seed)
-    mask = window_mask(T, window=2 * half)[None, None] | key_mask(global_mask)
+    mask = window_mask(T, window=2 * half, dilation=dilation)[None, None] | key_mask(global_mask)
     if masked:
         mask = mask & key_mask(token_mask)
     cheap = window_attention(
         *inputs,
         window=2 * half,
+        dilation=dilation,
         token_mask=token_mask if masked else None,
         global_tokens=find_global(global_mask),
     )
@@ -454,7 +461,11 @@ def test_dilation_by_the_head():
     masks = torch.stack([window_mask(31, window=4, dilation=d) for d in (1, 2, 5)])
     x = inputs()
     torch.testing.assert_close(layer(x), plain(x, attn_mask=masks))
-    assert layer.dense and not LongformerAttention(12, 3, window=4).dense
+    token_mask, global_mask = random_masks(31, 4)
+    for dilation in ((1, 2, 5), (2, 1, 2), 3):
+        cheap, dense = pair(LongformerAttention, 12, 3, window=4, dilation=dilation)
+        both = {"token_mask": token_mask, "global_mask": global_mask}
+        assert module_gap(cheap, dense, x, token_mask, **both) < 1e-11
 
 
 def test_longformer_does_not_mind_padding():
@@ -697,7 +708,7 @@ def fixed_gap() -> float:
 
 
 def longformer_gap() -> float:
-    cheap, dense = pair(LongformerAttention, 12, 3, window=4)
+    cheap, dense = pair(LongformerAttention, 12, 3, window=4, dilation=(1, 2, 1))
     token_mask, global_mask = random_masks(31, 4)
     return module_gap(cheap, dense, inputs(), token_mask, token_mask=token_mask, global_mask=global_mask)
 
@@ -763,6 +774,16 @@ MUTATIONS: dict[str, tuple[Callable[[], float], str, str]] = {
         longformer_gap,
         "x.new_zeros(shape)",
         "x.new_ones(shape)",
+    ),
+    "dilation: positions dealt out in runs": (
+        longformer_gap,
+        "_in_blocks(x, dilation).transpose(2, 3)",
+        "_in_blocks(x, -(-x.size(2) // dilation))",
+    ),
+    "dilation: the heads in another order": (
+        longformer_gap,
+        "each[head] = out",
+        "each[heads[-1 - place]] = out",
     ),
     "global: the column forgotten": (
         longformer_gap,
