@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from textbook_code.layers import sparse_attention as sparse
 from textbook_code.layers.attention import Attention, attention
+from textbook_code.layers.local_attention import windowed_attention
 from textbook_code.layers.masks import causal_mask, key_mask, sliding_window_mask
 from textbook_code.layers.sparse_attention import (
     PARTS,
@@ -137,20 +138,34 @@ def random_masks(T: int, seed: int) -> tuple[Tensor, Tensor]:
     return token_mask, global_mask
 
 
-@given(T=lengths, half=st.integers(1, 12), masked=st.booleans(), seed=seeds)
-def test_windows_in_chunks_are_dense(T, half, masked, seed):
+@given(
+    T=lengths,
+    half=st.integers(1, 12),
+    dilation=st.sampled_from([1, 1, 2, 3, 5]),
+    masked=st.booleans(),
+    seed=seeds,
+)
+def test_windows_in_chunks_are_dense(T, half, dilation, masked, seed):
     inputs = qkv(3, 2, T, seed=seed)
     token_mask, global_mask = random_masks(T, seed)
-    mask = window_mask(T, window=2 * half)[None, None] | key_mask(global_mask)
+    mask = window_mask(T, window=2 * half, dilation=dilation)[None, None] | key_mask(global_mask)
     if masked:
         mask = mask & key_mask(token_mask)
     cheap = window_attention(
         *inputs,
         window=2 * half,
+        dilation=dilation,
         token_mask=token_mask if masked else None,
         global_tokens=find_global(global_mask),
     )
     assert gap(cheap, attention(*inputs, mask)[0], inputs, token_mask) < 1e-11
+
+
+def test_without_global_tokens_it_is_the_windowed_attention_of_the_other_module():
+    inputs = qkv(3, 2, 41)
+    token_mask, _ = random_masks(41, 0)
+    other = windowed_attention(*inputs, token_mask, window=5, causal=False)
+    assert gap(window_attention(*inputs, window=8, token_mask=token_mask), other, inputs, token_mask) < 1e-11
 
 
 @given(block_size=st.integers(1, 5), N=st.integers(5, 12), seed=seeds, data=st.data())
@@ -446,7 +461,11 @@ def test_dilation_by_the_head():
     masks = torch.stack([window_mask(31, window=4, dilation=d) for d in (1, 2, 5)])
     x = inputs()
     torch.testing.assert_close(layer(x), plain(x, attn_mask=masks))
-    assert layer.dense and not LongformerAttention(12, 3, window=4).dense
+    token_mask, global_mask = random_masks(31, 4)
+    for dilation in ((1, 2, 5), (2, 1, 2), 3):
+        cheap, dense = pair(LongformerAttention, 12, 3, window=4, dilation=dilation)
+        both = {"token_mask": token_mask, "global_mask": global_mask}
+        assert module_gap(cheap, dense, x, token_mask, **both) < 1e-11
 
 
 def test_longformer_does_not_mind_padding():
@@ -572,7 +591,7 @@ BLOCKS = random_blocks(10, num_random=2, num_heads=3, seed=0)
         (
             lambda: window_mask(9, window=4, dilation=0),
             ValueError,
-            "dilation: expected a positive integer, got 0",
+            "dilation: expected at least 1, got 0",
         ),
         (lambda: window_attention(**GOOD, window=5), ValueError, "window: expected a positive even number"),
         (lambda: window_attention(**GOOD, window=0), ValueError, "window: expected a positive even number"),
@@ -689,7 +708,7 @@ def fixed_gap() -> float:
 
 
 def longformer_gap() -> float:
-    cheap, dense = pair(LongformerAttention, 12, 3, window=4)
+    cheap, dense = pair(LongformerAttention, 12, 3, window=4, dilation=(1, 2, 1))
     token_mask, global_mask = random_masks(31, 4)
     return module_gap(cheap, dense, inputs(), token_mask, token_mask=token_mask, global_mask=global_mask)
 
@@ -755,6 +774,16 @@ MUTATIONS: dict[str, tuple[Callable[[], float], str, str]] = {
         longformer_gap,
         "x.new_zeros(shape)",
         "x.new_ones(shape)",
+    ),
+    "dilation: positions dealt out in runs": (
+        longformer_gap,
+        "_in_blocks(x, dilation).transpose(2, 3)",
+        "_in_blocks(x, -(-x.size(2) // dilation))",
+    ),
+    "dilation: the heads in another order": (
+        longformer_gap,
+        "each[head] = out",
+        "each[heads[-1 - place]] = out",
     ),
     "global: the column forgotten": (
         longformer_gap,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .attention import fused_attention
 from .checks import expect_bool, expect_divides, expect_dtype, expect_shape
-from .masks import causal_mask, key_mask, sliding_window_mask
+from .masks import block_local_mask, causal_mask, key_mask, sliding_window_mask, symmetric_window_mask
 
 PARTS = ("merged", "first", "second")
 
@@ -225,9 +225,8 @@ def fixed_mask(
     """
     _expect_summary(stride, summary)
     _expect_part(part)
-    i, causal = torch.arange(T, device=device), causal_mask(T, device=device)
-    own = (i[:, None] // stride == i // stride) & causal
-    ends = (i % stride >= stride - summary) & causal
+    own = block_local_mask(T, block=stride, device=device)
+    ends = (torch.arange(T, device=device) % stride >= stride - summary) & causal_mask(T, device=device)
     return {"first": own, "second": ends, "merged": own | ends}[part]
 
 
@@ -383,10 +382,7 @@ def window_mask(
     Book: sparse-longformer
     """
     _expect_even(window)
-    _expect_positive("dilation", dilation)
-    i = torch.arange(T, device=device)
-    apart = i[:, None] - i
-    return (apart.abs() <= dilation * (window // 2)) & (apart % dilation == 0)
+    return symmetric_window_mask(T, window=window // 2 + 1, dilation=dilation, device=device)
 
 
 def _expect_even(window: int) -> None:
@@ -464,6 +460,7 @@ def window_attention(
     v: Tensor,
     *,
     window: int,
+    dilation: int = 1,
     token_mask: Tensor | None = None,
     global_tokens: GlobalTokens | None = None,
     dropout: float = 0.0,
@@ -473,7 +470,8 @@ def window_attention(
 
     The queries are cut into chunks of h = w/2. All that a chunk's queries see nearby lies in three
     chunks of keys: the one before, the own, the one behind. The keys of global tokens are taken out of
-    the windows, and stand beside them in the same softmax, once.
+    the windows, and stand beside them in the same softmax, once. For a dilation d the positions are first
+    dealt out into d texts, of every d-th position each, in which the windows have no gaps.
 
     The rows of the global tokens themselves are computed like all others here; `LongformerAttention`
     replaces them.
@@ -481,6 +479,7 @@ def window_attention(
     Args:
         q, k, v: (B, H, T, Dh); any T, the last chunk is filled up and hidden.
         window: w, even.
+        dilation: d, the same for all heads.
         token_mask: (B, T) bool, True = real token; no query sees padding.
         global_tokens: from `find_global`; none when left out.
         dropout: probability with which a weight is dropped.
@@ -491,13 +490,14 @@ def window_attention(
 
     Raises:
         TypeError: a mask is not boolean, or the dtypes differ.
-        ValueError: shapes do not fit, or the window is odd.
+        ValueError: shapes do not fit, the window is odd, or the dilation not positive.
 
     Book: sparse-longformer
     """
     _check(q, k, v)
     _expect_even(window)
-    B, _, T, Dh = q.shape
+    _expect_positive("dilation", dilation)
+    B, H, T, Dh = q.shape
     token_mask = q.new_ones(B, T).bool() if token_mask is None else token_mask
     expect_bool("token_mask", token_mask)
     expect_shape("token_mask", token_mask, "B T", B=B, T=T)
@@ -506,16 +506,25 @@ def window_attention(
     if global_tokens is not None:  # a filled-up place names a token that is not global: it stays local
         taken = torch.zeros_like(token_mask).scatter_(1, global_tokens.places, global_tokens.exists)
         local = token_mask & ~taken
-    sets = [window_scores(q, k, window=window, key_mask=local)]  # (B, H, n, h, 3h)
+    dealt = (q, k, v, local[:, None, :, None].expand(B, H, T, 1))
+    q, near_k, near_v, near = (_deal(x, dilation) for x in dealt)  # (B, H d, T/d, …)
+    sets = [window_scores(q, near_k, window=window, key_mask=near[..., 0])]  # (B, H d, n, h, 3h)
     if global_tokens is not None:
         seen = global_tokens.exists & token_mask.gather(1, global_tokens.places)
-        scores = q @ _at(k, global_tokens.places).transpose(-2, -1)  # (B, H, T, G)
+        all_k, all_v = (_at(x, global_tokens.places).repeat_interleave(dilation, 1) for x in (k, v))
+        scores = q @ all_k.transpose(-2, -1)  # (B, H d, T/d, G)
         sets.append((_in_blocks(scores, window // 2), seen[:, None, None, None]))
     weights = _joint_weights(*sets, dropout=dropout)
-    out = (weights[0] @ _three_chunks(_in_blocks(v, window // 2))).flatten(2, 3)[:, :, :T]
+    out = weights[0] @ _three_chunks(_in_blocks(near_v, window // 2))
     if global_tokens is not None:
-        out = out + weights[1].flatten(2, 3)[:, :, :T] @ _at(v, global_tokens.places)
-    return out
+        out = out + weights[1] @ all_v[:, :, None]
+    out = out.flatten(2, 3)[:, :, : q.size(2)].unflatten(1, (H, dilation))  # (B, H, d, T/d, Dv)
+    return out.transpose(2, 3).flatten(2, 3)[:, :, :T]
+
+
+def _deal(x: Tensor, dilation: int) -> Tensor:
+    """Every d-th position to the same text: (B, H, T, …) → (B, H d, T/d, …), filled up with zeros."""
+    return _in_blocks(x, dilation).transpose(2, 3).flatten(1, 2)
 
 
 def window_scores(
@@ -526,7 +535,7 @@ def window_scores(
     Args:
         q, k: (B, H, T, Dh), already scaled.
         window: w, even.
-        key_mask: (B, T) bool, True = may be seen.
+        key_mask: (B, H, T) bool, True = may be seen.
 
     Returns:
         Scores (B, H, n, h, 3h), and a bool mask that broadcasts to them.
@@ -540,8 +549,8 @@ def window_scores(
     h, T = window // 2, q.size(2)
     q, k = _in_blocks(q, h), _in_blocks(k, h)
     apart = torch.arange(3 * h, device=q.device) - h - torch.arange(h, device=q.device)[:, None]
-    real = q.new_ones(1, T).bool() if key_mask is None else key_mask
-    real = _three_chunks(_in_blocks(real, h, axis=1)[:, None, ..., None])[..., 0]  # (B, 1, n, 3h)
+    real = q.new_ones(1, 1, T).bool() if key_mask is None else key_mask
+    real = _three_chunks(_in_blocks(real, h)[..., None])[..., 0]  # (B, H, n, 3h)
     return q @ _three_chunks(k).transpose(-2, -1), (apart.abs() <= h) & real[..., None, :]
 
 
@@ -689,11 +698,10 @@ class LongformerAttention(_SelfAttention):
         d_model: D.
         num_heads: H.
         window: w, even.
-        dilation: d, one number or one for each head; more than 1 is computed with the mask, at the full
-            cost, since a dilated window is no band.
+        dilation: d, one number or one for each head.
         bias: whether the projections have biases.
         dropout: probability with which a weight is dropped in training.
-        dense: compute with masks even where there is no dilation; the same numbers.
+        dense: compute with the masks, at the full cost; the same numbers.
 
     Raises:
         ValueError: the window is odd, a size is not positive or does not divide, or the dilations are
@@ -720,7 +728,7 @@ class LongformerAttention(_SelfAttention):
             raise ValueError(f"dilation: expected one for each of {num_heads} heads, got {self.dilation}")
         for d in self.dilation:
             _expect_positive("dilation", d)
-        self.window, self.dense = window, dense or max(self.dilation) > 1
+        self.window, self.dense = window, dense
         self.q_global_proj = nn.Linear(d_model, d_model, bias=bias)
         self.k_global_proj = nn.Linear(d_model, d_model, bias=bias)
         self.v_global_proj = nn.Linear(d_model, d_model, bias=bias)
@@ -765,13 +773,33 @@ class LongformerAttention(_SelfAttention):
         if self.dense:
             out = self._dense(q, k, v, token_mask, global_mask)
         else:
-            out = window_attention(
-                q, k, v, window=self.window, token_mask=token_mask, global_tokens=found,
-                dropout=self._dropout_now,
-            )  # fmt: skip
+            out = self._windows(q, k, v, token_mask, found)
         if found is not None:
             out = self._with_global_rows(out, x, found, token_mask)
         return self._merge(out)
+
+    def _windows(
+        self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, found: GlobalTokens | None
+    ) -> Tensor:
+        """The heads of each dilation together."""
+        each: list[Tensor] = [q] * self.num_heads
+        for d in sorted(set(self.dilation)):
+            heads = [head for head, dilation in enumerate(self.dilation) if dilation == d]
+            out = window_attention(
+                q[:, heads],
+                k[:, heads],
+                v[:, heads],
+                window=self.window,
+                dilation=d,
+                token_mask=token_mask,
+                global_tokens=found,
+                dropout=self._dropout_now,
+            )
+            if len(heads) == self.num_heads:
+                return out
+            for place, head in enumerate(heads):
+                each[head] = out[:, place]
+        return torch.stack(each, 1)
 
     def _dense(
         self, q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, global_mask: Tensor | None

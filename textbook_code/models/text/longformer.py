@@ -11,7 +11,7 @@ Book: sparse-longformer
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,7 +22,6 @@ from textbook_code.layers.feed_forward import FeedForward
 from textbook_code.layers.norms import LayerNorm
 from textbook_code.layers.sparse_attention import LongformerAttention
 from textbook_code.models.text.bert import (
-    BertPretrained,
     EncoderClassifier,
     MaskedLMHead,
     check_texts,
@@ -31,7 +30,7 @@ from textbook_code.models.text.bert import (
     initialise,
     norm_rules,
 )
-from textbook_code.models.text.roberta import Roberta, RobertaConfig
+from textbook_code.models.text.roberta import Roberta, RobertaConfig, RobertaPretrained
 from textbook_code.weights import Rule
 
 
@@ -131,13 +130,9 @@ def longformer_rules(theirs: str = "", ours: str = "") -> tuple[Rule, ...]:
     )
 
 
-class _LongformerPretrained(BertPretrained):
+class _LongformerPretrained(RobertaPretrained):
     config_class = LongformerConfig
-    hf_config: ClassVar[dict[str, str]] = {
-        **BertPretrained.hf_config,
-        "pad_id": "pad_token_id",
-        "windows": "attention_window",
-    }
+    hf_config: ClassVar[dict[str, str]] = {**RobertaPretrained.hf_config, "windows": "attention_window"}
     hf_assumes: ClassVar[dict[str, Any]] = {
         "model_type": "longformer",
         "hidden_act": "gelu",
@@ -146,20 +141,16 @@ class _LongformerPretrained(BertPretrained):
 
     @classmethod
     def config_from_hf(cls, theirs: Mapping[str, Any]) -> LongformerConfig:
-        """As in `Pretrained`; their longest sequence counts the unused rows, one window may stand for all."""
+        """As RoBERTa's; one window may stand for all layers."""
         windows = theirs.get("attention_window")
         if windows is not None:
             each = [windows] * theirs["num_hidden_layers"] if isinstance(windows, int) else windows
             theirs = {**theirs, "attention_window": tuple(each)}
-        config: LongformerConfig = super().config_from_hf(theirs)
-        return replace(config, max_seq_len=config.max_seq_len - config.pad_id - 1)
+        config: LongformerConfig = super().config_from_hf(theirs)  # type: ignore[assignment]
+        return config
 
     def config_to_hf(self) -> dict[str, Any]:
-        return {
-            **super().config_to_hf(),
-            "max_position_embeddings": self.config.num_positions,
-            "attention_window": list(self.config.windows),
-        }
+        return {**super().config_to_hf(), "attention_window": list(self.config.windows)}
 
 
 _LM_HEAD: tuple[Rule, ...] = (

@@ -82,7 +82,12 @@ class RobertaConfig(SegmentedConfig):
         return cls._sized(24, 1024, 16, **{"vocab_size": 250002, **other})
 
 
-class _RobertaPretrained(BertPretrained):
+class RobertaPretrained(BertPretrained):
+    """The published names of RoBERTa's sizes, and what its code takes for granted.
+
+    Book: roberta-positions
+    """
+
     config_class = RobertaConfig
     hf_config: ClassVar[dict[str, str]] = {**BertPretrained.hf_config, "pad_id": "pad_token_id"}
     hf_assumes: ClassVar[dict[str, Any]] = {**BertPretrained.hf_assumes, "model_type": "roberta"}
@@ -112,7 +117,7 @@ _UNDER_HEAD = encoder_rules("roberta.", "roberta.")
 _NO_POOLER: Rule = ("roberta.pooler.dense.{p}", None)
 
 
-class Roberta(_RobertaPretrained, Bert):
+class Roberta(RobertaPretrained, Bert):
     r"""BERT's encoder with RoBERTa's positions: the first real token stands at `pad_id + 1`.
 
     $$\mathrm{position}_t = \begin{cases}
@@ -151,7 +156,7 @@ class Roberta(_RobertaPretrained, Bert):
         return self.pos_embed.at(torch.where(token_mask, token_positions(token_mask) + pad + 1, pad))
 
 
-class RobertaForMaskedLM(_RobertaPretrained, nn.Module):
+class RobertaForMaskedLM(RobertaPretrained, nn.Module):
     """RoBERTa that fills in masked tokens, its only objective.
 
     Book: roberta-masking
@@ -173,7 +178,7 @@ class RobertaForMaskedLM(_RobertaPretrained, nn.Module):
         return self.mlm_head(self.roberta(tokens, token_mask=token_mask), self.roberta.token_embed)
 
 
-class RobertaForSequenceClassification(EncoderClassifier, _RobertaPretrained, nn.Module):
+class RobertaForSequenceClassification(EncoderClassifier, RobertaPretrained, nn.Module):
     r"""One class for each text, read from the first token: $W_C \tanh(W h_{<s>} + b) + b_C$.
 
     The dense layer belongs to the head. The encoder's own pooler was never trained, for want of a
@@ -207,7 +212,7 @@ class RobertaForSequenceClassification(EncoderClassifier, _RobertaPretrained, nn
         return self.classifier(self.dropout(self.dense(self.dropout(first)).tanh()))
 
 
-class RobertaForTokenClassification(EncoderClassifier, _RobertaPretrained, nn.Module):
+class RobertaForTokenClassification(EncoderClassifier, RobertaPretrained, nn.Module):
     """One class for each token.
 
     Book: roberta-heads
