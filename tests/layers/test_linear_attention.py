@@ -277,6 +277,19 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert float((narrow - phi_k.float().sum(2)[0, 0]).abs().max()) > 0.25
 
 
+def test_under_autocast_the_sums_stay_in_float32():
+    ours = LinearAttention(24, 6, causal=True, chunk_size=8)
+    x = randn(2, 40, 24, seed=1, dtype=torch.float32)
+    state = ours.make_state(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ours(x, state=state)
+        phi = elu_plus_one(ours._split(ours.k_proj(x)))
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and state.S.dtype == torch.float32
+    torch.testing.assert_close(state.z, phi.float().sum(2))
+    assert all(bool(p.grad.isfinite().all()) for p in ours.parameters())
+
+
 def test_the_weights_have_no_more_rank_than_features():
     phi_q, phi_k, v = (x.detach() for x in features(1, 1, 1, 29, 29, 5, 3))
     weights = dense_linear_attention(phi_q, phi_k, v)[1]

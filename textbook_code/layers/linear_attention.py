@@ -156,6 +156,12 @@ def linear_attention(
     _check(phi_q, phi_k, v, token_mask, causal, state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    kind = v.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which would take the products in half precision
+        with torch.autocast(kind, enabled=False):
+            return linear_attention(
+                phi_q, phi_k, v, token_mask, causal=causal, chunk_size=chunk_size, eps=eps, state=state
+            )
     if not causal:
         q, k, values = _ready(phi_q, phi_k, v, token_mask)  # (B, K, G, T, M), (B, K, S, M), (B, K, S, Dv + 1)
         out = q.flatten(2, 3) @ (k.mT @ values)  # by S, and z as its last column: (B, K, G T, Dv + 1)
