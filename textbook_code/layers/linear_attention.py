@@ -326,7 +326,7 @@ def _in_chunks(q: Tensor, k: Tensor, values: Tensor, start: Tensor, chunk_size: 
 
 
 def _states(k: Tensor, values: Tensor, start: Tensor) -> Tensor:
-    """The state before each chunk, and behind the last: (B, K, N + 1, M, Dv + 1)."""
+    """States before each chunk and behind the last: (…, N + 1, M, Dv + 1)."""
     return torch.cat([start[:, :, None], k.mT @ values], 2).cumsum(2)
 
 
