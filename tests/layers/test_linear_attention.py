@@ -163,6 +163,21 @@ def test_prefill_and_decode_equal_the_whole(T, cut, chunk_size, seed):
     torch.testing.assert_close(state.z, real.sum(2), **TIGHT)
 
 
+@pytest.mark.parametrize("T", [32, 33, 70])
+def test_more_chunks_than_are_computed_side_by_side(T):
+    phi_q, phi_k, v = features(2, 4, 2, T, T, 3, 5)
+    mask = random_tokens(2, T, seed=1)
+    outs = [
+        linear_attention(phi_q, phi_k, v, mask, causal=True, chunk_size=2),
+        dense_linear_attention(phi_q, phi_k, v, mask, causal=True)[0],
+    ]
+    torch.testing.assert_close(*outs, **TIGHT)
+    w = randn(*outs[0].shape, seed=5)
+    grads = [torch.autograd.grad((out * w).sum(), (phi_q, phi_k, v)) for out in outs]
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, **TIGHT)
+
+
 def test_gradcheck_of_chunks_a_step_and_the_state():
     """Also through the state: into the sums that a chunk begins with, and out of those it ends with."""
     B, H, K, T, M, Dv = 1, 4, 2, 7, 3, 2
@@ -260,6 +275,19 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert torch.equal(out, wide.to(dtype))
     narrow = phi_k.cumsum(2).float()[0, 0, -1]  # what a sum of halves would be
     assert float((narrow - phi_k.float().sum(2)[0, 0]).abs().max()) > 0.25
+
+
+def test_under_autocast_the_sums_stay_in_float32():
+    ours = LinearAttention(24, 6, causal=True, chunk_size=8)
+    x = randn(2, 40, 24, seed=1, dtype=torch.float32)
+    state = ours.make_state(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ours(x, state=state)
+        phi = elu_plus_one(ours._split(ours.k_proj(x)))
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16 and state.S.dtype == torch.float32
+    torch.testing.assert_close(state.z, phi.float().sum(2))
+    assert all(bool(p.grad.isfinite().all()) for p in ours.parameters())
 
 
 def test_the_weights_have_no_more_rank_than_features():
@@ -537,6 +565,11 @@ def test_wrong_arguments_are_named():
         (lambda: linear_attention(q, k.float(), v), TypeError, "phi_k: expected torch.float64"),
         (lambda: linear_attention(q.long(), k.long(), v), TypeError, "phi_q: expected a floating-point"),
         (lambda: linear_attention(q, k, v.long()), TypeError, "v: expected a floating-point"),
+        (
+            lambda: linear_attention(q, k[:, :, :0], v[:, :, :0]),
+            ValueError,
+            "phi_k: expected at least one key",
+        ),
         (lambda: linear_attention(q[:, :, :6], k, v, causal=True), ValueError, "causal: .*T=6, S=7"),
         (lambda: linear_attention(q, k, v, causal=True, chunk_size=0), ValueError, "chunk_size: .*got 0"),
         (lambda: linear_attention(q, k, v, good.float()), TypeError, "token_mask: expected a bool"),

@@ -75,7 +75,7 @@ FORMS: dict[str, Plant] = {
     "state read before it is written": replaced("_inside", read_before_written),
     "no order inside a chunk": replaced("_inside", lambda a, b: a @ b.mT),
     "the given state ignored": replaced(
-        "_start", lambda state, k, v: k.new_zeros(*k.shape[:2], k.size(3), v.size(3))
+        "_start", lambda state, k, v: k.new_zeros(*k.shape[:2], k.size(3), v.size(3) + 1)
     ),
 }
 

@@ -16,7 +16,7 @@ Book: linear-attention
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from .masks import causal_mask
 from .positions import rotate
 
 KINDS = ("positive", "relu", "trigonometric")
+AT_ONCE = 16  # chunks that are computed side by side
 
 
 # ------------------------------------------------------------------------------------------------
@@ -155,21 +156,34 @@ def linear_attention(
     _check(phi_q, phi_k, v, token_mask, causal, state)
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    q, k, values = _ready(phi_q, phi_k, v, token_mask)  # (B, K, G, T, M), (B, K, S, M), (B, K, S, Dv + 1)
+    kind = v.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which would take the products in half precision
+        with torch.autocast(kind, enabled=False):
+            return linear_attention(
+                phi_q, phi_k, v, token_mask, causal=causal, chunk_size=chunk_size, eps=eps, state=state
+            )
     if not causal:
-        sums = k.mT @ values  # (B, K, M, Dv + 1): S, and z as its last column
-        out = q.flatten(2, 3) @ sums  # (B, K, G T, Dv + 1)
-    else:
-        start = _start(state, k, values)
+        q, k, values = _ready(phi_q, phi_k, v, token_mask)  # (B, K, G, T, M), (B, K, S, M), (B, K, S, Dv + 1)
+        out = q.flatten(2, 3) @ (k.mT @ values)  # by S, and z as its last column: (B, K, G T, Dv + 1)
+        return _normalised(out, eps).reshape(*phi_q.shape[:3], -1).to(v.dtype)
+    sums, outs = _start(state, phi_k, v), []
+    length = AT_ONCE * chunk_size  # what is computed side by side stays in the processor's cache
+    masks: Sequence[Tensor | None] = [None] * -(-v.size(2) // length)
+    if token_mask is not None:
+        masks = token_mask.split(length, 1)
+    parts = zip(*(x.split(length, 2) for x in (phi_q, phi_k, v)), strict=True)
+    for (part_q, part_k, part_v), mask in zip(parts, masks, strict=True):
+        q, k, values = _ready(part_q, part_k, part_v, mask)
         if k.size(2) == 1:  # one step of the recurrence
-            end = start + k.mT @ values
-            out = q.flatten(2, 3) @ end
+            sums = sums + k.mT @ values  # (B, K, M, Dv + 1)
+            out = q @ sums[:, :, None]
         else:
-            out, end = _in_chunks(q, k, values, start, chunk_size)
-        if state is not None:
-            state.S, state.z = end[..., :-1], end[..., -1]
-            state.length += k.size(2)
-    return _normalised(out, eps).reshape(*phi_q.shape[:3], -1).to(v.dtype)
+            out, sums = _in_chunks(q, k, values, sums, chunk_size)
+        outs.append(_normalised(out, eps).flatten(1, 2).to(v.dtype))
+    if state is not None:
+        state.S, state.z = sums[..., :-1], sums[..., -1]
+        state.length += v.size(2)
+    return torch.cat(outs, 2)
 
 
 def dense_linear_attention(
@@ -244,6 +258,8 @@ def _check(
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     expect_dtype("phi_k", phi_k, phi_q.dtype)
+    if phi_k.size(2) < 1:
+        raise ValueError("phi_k: expected at least one key, got S=0")
     if causal and phi_q.size(2) != phi_k.size(2):
         raise ValueError(
             f"causal: expected as many queries as keys (earlier keys are in the state), "
@@ -271,7 +287,7 @@ def _ready(
     The one makes the normaliser: attention over ones is the sum of the weights, and the last column of
     Σ φ(k) [v, 1]ᵀ is z.
     """
-    dtype = torch.promote_types(torch.promote_types(phi_q.dtype, v.dtype), torch.float32)
+    dtype = _dtype(phi_q, v)
     q = phi_q.to(dtype).unflatten(1, (phi_k.size(1), -1))  # (B, K, G, T, M)
     k = phi_k.to(dtype)
     if token_mask is not None:
@@ -279,10 +295,16 @@ def _ready(
     return q, k, F.pad(v.to(dtype), (0, 1), value=1.0)
 
 
-def _start(state: LinearState | None, k: Tensor, values: Tensor) -> Tensor:
+def _start(state: LinearState | None, phi_k: Tensor, v: Tensor) -> Tensor:
+    """The sums to begin with, (B, K, M, Dv + 1)."""
+    dtype = _dtype(phi_k, v)
     if state is None:
-        return k.new_zeros(*k.shape[:2], k.size(3), values.size(3))
-    return torch.cat([state.S, state.z[..., None]], -1).to(k.dtype)  # (B, K, M, Dv + 1)
+        return phi_k.new_zeros(*phi_k.shape[:2], phi_k.size(3), v.size(3) + 1, dtype=dtype)
+    return torch.cat([state.S, state.z[..., None]], -1).to(dtype)
+
+
+def _dtype(phi: Tensor, v: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(phi.dtype, v.dtype), torch.float32)
 
 
 def _normalised(out: Tensor, eps: float) -> Tensor:
@@ -291,7 +313,7 @@ def _normalised(out: Tensor, eps: float) -> Tensor:
 
 
 def _in_chunks(q: Tensor, k: Tensor, values: Tensor, start: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """All chunks side by side: (B, K, G, T, Dv + 1) and the last state (B, K, M, Dv + 1)."""
+    """Chunks side by side: (B, K, G, T, Dv + 1) and the last state (B, K, M, Dv + 1)."""
     G, T = q.shape[2:4]
     C = min(chunk_size, T)
     rest = -T % C  # keys of zeros, which add nothing
@@ -304,7 +326,7 @@ def _in_chunks(q: Tensor, k: Tensor, values: Tensor, start: Tensor, chunk_size: 
 
 
 def _states(k: Tensor, values: Tensor, start: Tensor) -> Tensor:
-    """The state before each chunk, and behind the last: (B, K, N + 1, M, Dv + 1)."""
+    """States before each chunk and behind the last: (…, N + 1, M, Dv + 1)."""
     return torch.cat([start[:, :, None], k.mT @ values], 2).cumsum(2)
 
 
