@@ -35,7 +35,7 @@ def skew(x: Tensor) -> Tensor:
     T, S = x.size(-2), x.size(-1) - x.size(-2) + 1
     if not 0 < T <= S:
         raise ValueError(f"x: expected (…, T, S + T - 1) with 1 <= T <= S, got {tuple(x.shape)}")
-    row = F.pad(x, (0, 1)).flatten(-2)[..., T - 1 : -1]  # it starts at the first query's first key
+    row = F.pad(x, (0, 1)).flatten(-2)[..., T - 1 : -1]
     return row.unflatten(-1, (T, S + T - 1))[..., :S]
 
 

@@ -155,8 +155,7 @@ class ALiBi(nn.Module):
     def forward(self, T: int, S: int) -> Tensor:
         """The bias (H, T, S) of T queries, the last of S positions.
 
-        The product is taken in float32 at least and then rounded: in bfloat16 itself, distances above 256
-        would be rounded first.
+        The product is taken in float32 at least, and rounded once.
 
         Raises:
             ValueError: there are fewer keys than queries.

@@ -40,9 +40,11 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        T = x.size(1)
-        turn = None if self.rotary is None else self.rotary(torch.arange(T, device=x.device), x.dtype)
-        bias = None if self.score_bias is None else self.score_bias(T, T)
+        T, turn, bias = x.size(1), None, None
+        if self.rotary is not None:
+            turn = self.rotary(torch.arange(T, device=x.device), x.dtype)
+        if self.score_bias is not None:
+            bias = self.score_bias(T, T)
         out: Tensor = self.attn(x, causal=True, rotary=turn, score_bias=bias)
         return out
 
