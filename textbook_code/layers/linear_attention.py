@@ -128,8 +128,8 @@ def linear_attention(
 
     over all real keys s, or, causally, over those with s ≤ t. Causal attention works in chunks: inside a
     chunk with the weights written down, across chunks by the state, T (C (M + Dv) + 2 M Dv) multiplications
-    in all. The backward pass keeps the arguments and makes the states of the chunks again. Sums are taken
-    in float32 at least.
+    in all. The backward pass keeps the arguments and one state for every 16 chunks, and makes the others
+    again. Sums are taken in float32 at least.
 
     Weights are as the features make them: features that may be negative can make negative weights and a
     normaliser near zero, and nothing here forbids it. A query whose normaliser is zero gets a row of zeros.
