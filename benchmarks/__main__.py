@@ -38,7 +38,10 @@ ABOUT = (
     "have four blocks (an encoder-decoder two and two) of width 256 with eight heads, 4,096 words and their "
     "LM head; their memory is not measured. SmolLM2 writes 32 tokens behind a prompt of 16, greedily, with a "
     "cache; the roofline is the time in which the bytes of weights and cache arrive, at the bandwidth that "
-    "multiplying by the model's matrices reaches alone, the prompt's pass not counted."
+    "multiplying by the model's matrices reaches alone, the prompt's pass not counted. The window of 256 is "
+    "compared with torch's kernel on the same queries and keys, 8 heads of 64 in one text of 4,096: handed "
+    "the window as a mask, which is the same function; and without a mask or causal, which are others, to "
+    "see what is saved. It has no part in the mean."
 )
 
 
@@ -66,7 +69,7 @@ def main() -> int:
     if options.record and options.only:
         again = {(row["what"], row["peer"]): row for row in rows}
         kept = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))["rows"]
-        rows = [again.get((row["what"], row["peer"]), row) for row in kept]
+        rows = [again.pop((row["what"], row["peer"]), row) for row in kept] + list(again.values())
     results = {
         "command": "make bench",
         "date": datetime.now(UTC).date().isoformat(),
@@ -74,7 +77,7 @@ def main() -> int:
         "versions": versions() | {"transformers": _version("transformers")},
         "about": ABOUT,
         "rows": rows,
-        "other": [against_the_faster(rows)] * bool(rows) + decoded(rows) + other(options.cold, console),
+        "other": against_the_faster(rows) + decoded(rows) + other(options.cold, console),
     }
     show(results, console)
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
@@ -231,17 +234,23 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def slowest(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """For each case the ratio to the faster of its peers."""
+    """For each case the ratio to the faster of its peers; a window is no peer of the whole square."""
+    from benchmarks import windows
+
     faster: dict[str, float] = {}
     for row in rows:
+        if row["what"] == windows.WHAT:
+            continue
         faster[row["what"]] = min(faster.get(row["what"], math.inf), row["ratio"])
     return faster
 
 
-def against_the_faster(rows: list[dict[str, Any]]) -> dict[str, str]:
+def against_the_faster(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     ratios = slowest(rows).values()
+    if not ratios:
+        return []
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return {"what": "geometric mean of the ratios to the faster peer of each pair", "value": f"{mean:.3f}"}
+    return [{"what": "geometric mean of the ratios to the faster peer of each pair", "value": f"{mean:.3f}"}]
 
 
 def _quotient(a: int | None, b: int | None) -> float | None:

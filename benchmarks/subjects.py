@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks import decoding
+from benchmarks import decoding, windows
 from benchmarks.families import BATCH, FAMILIES, LENGTH, Published
 from textbook_code.layers.attention import Attention
 from textbook_code.models.text.bert import Bert, BertConfig
@@ -21,7 +21,8 @@ OURS, TRANSFORMERS, TORCH, PUBLISHED = "textbook_code", "transformers", "torch.n
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compare at one size: evaluation (`forward`), training (`step`) or writing (`decode`)."""
+    """One thing to compare at one size: evaluation (`forward`), training (`step`), writing (`decode`), or a
+    window beside the square that it leaves out (`window`)."""
 
     model: str
     mode: str
@@ -32,6 +33,8 @@ class Case:
     def what(self) -> str:
         if self.mode == "decode":
             return f"SmolLM2, {decoding.NEW} tokens with cache, {self.model}"
+        if self.mode == "window":
+            return windows.WHAT
         known = {"attention": "Attention", "bert": "BERT"}
         name = known.get(self.model) or FAMILIES[self.model].called
         mode = {"forward": "forward", "step": "training step"}[self.mode]
@@ -41,17 +44,21 @@ class Case:
     def peers(self) -> tuple[str, ...]:
         if self.mode == "decode":
             return (TRANSFORMERS,)
+        if self.mode == "window":
+            return tuple(windows.PEERS)
         return (PUBLISHED,) if self.model in FAMILIES else (TRANSFORMERS, TORCH)
 
     @property
     def with_memory(self) -> bool:
         """Whether the memory is measured too, in processes of their own, which takes its time."""
-        return self.model in ("attention", "bert")
+        return self.mode != "decode" and self.model in ("attention", "bert")
 
     def peer(self, who: str) -> str:
         """The peer's name, as a row tells it."""
         if self.mode == "decode":
             return decoding.PEER
+        if self.mode == "window":
+            return windows.PEERS[who]
         return FAMILIES[self.model].peer if self.model in FAMILIES else PEERS[self.model, who]
 
 
@@ -63,6 +70,7 @@ CASES = [
 ]
 CASES += [Case(model, mode, BATCH, LENGTH) for model in FAMILIES for mode in ("forward", "step")]
 CASES += [Case(dtype, "decode", 1, decoding.PROMPT) for dtype in ("float32", "bfloat16")]
+CASES += [Case("attention", "window", 1, windows.LENGTH)]
 
 PEERS = {
     ("attention", TRANSFORMERS): "transformers, BertSelfAttention (SDPA) and its output layer",
@@ -149,6 +157,8 @@ def build(case: Case, who: str, *, seed: int = 0) -> tuple[Callable[[], Tensor],
     torch.manual_seed(seed)
     if case.mode == "decode":
         return decoding.build(who, getattr(torch, case.model), OURS)
+    if case.mode == "window":
+        return windows.build(who, OURS)
     if case.model in FAMILIES:
         return _work(case, *_family(case, who))
     if case.model == "attention":

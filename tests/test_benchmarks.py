@@ -20,7 +20,7 @@ _spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks"
 assert _spec and _spec.loader
 sys.modules["benchmarks"] = importlib.util.module_from_spec(_spec)
 
-from benchmarks import measure, subjects  # noqa: E402
+from benchmarks import measure, subjects, windows  # noqa: E402
 
 RESULTS = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
 
@@ -48,12 +48,24 @@ def test_published_families_compute_what_ours_do(family: str) -> None:
 
 
 def test_both_write_the_same_tokens() -> None:
-    case = subjects.CASES[-2]
+    case = subjects.CASES[-3]
     assert (case.mode, case.model) == ("decode", "float32")
     _, ours = subjects.build(case, subjects.OURS)
     _, theirs = subjects.build(case, subjects.TRANSFORMERS)
     assert ours.shape == (1, 32)
     assert theirs.equal(ours)
+
+
+def test_the_window_computes_what_torch_does_with_its_mask() -> None:
+    _, ours = windows.build(subjects.OURS, subjects.OURS, length=700)
+    work, masked = windows.build("masked", subjects.OURS, length=700)
+    assert ours.shape == (1, 8, 700, 64)
+    torch.testing.assert_close(ours, masked, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(work(), masked)
+    for other in ("whole", "causal"):  # other functions, timed for what they cost
+        work, output = windows.build(other, subjects.OURS, length=700)
+        assert torch.equal(output, masked)
+        assert (work() - masked).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("who", [subjects.OURS, subjects.TRANSFORMERS, subjects.TORCH])
@@ -131,7 +143,7 @@ def test_the_import_is_light() -> None:
 
 def test_the_committed_results_are_whole() -> None:
     expected = [(case.what, case.peer(who)) for case in subjects.CASES for who in case.peers]
-    assert len(expected) == 8 * 2 + 8 * 2 + 2
+    assert len(expected) == 8 * 2 + 8 * 2 + 2 + 3
     assert [(row["what"], row["peer"]) for row in RESULTS["rows"]] == expected
     for row in RESULTS["rows"]:
         assert row["low"] <= row["ratio"] <= row["high"], row
@@ -139,8 +151,12 @@ def test_the_committed_results_are_whole() -> None:
     ratios = {  # to the faster of the peers
         case: min(row["ratio"] for row in RESULTS["rows"] if row["what"] == case.what)
         for case in subjects.CASES
+        if case.mode != "window"
     }
     assert min(ratios.values()) >= 0.95, "readability costs more than five per cent somewhere"
     models = [ratio for case, ratio in ratios.items() if case.mode != "decode"]
     assert math.prod(models) ** (1 / len(models)) >= 0.99, "slower than the peers on the whole"
     assert all(ratio > 1 for case, ratio in ratios.items() if case.mode == "decode")
+    window = {row["peer"]: row["ratio"] for row in RESULTS["rows"] if row["what"] == windows.WHAT}
+    assert window[windows.PEERS["whole"]] >= 4, "an eighth of the keys, and not a quarter of the time"
+    assert window[windows.PEERS["causal"]] >= 2

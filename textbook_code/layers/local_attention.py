@@ -183,29 +183,31 @@ def _by_blocks(
     dropout: float,
     scale: float | None,
 ) -> Tensor:
-    """Attention of each block of C queries to a span of keys that begins `back` blocks before it.
+    """Attention of C queries at a time to a span of keys, `back` blocks before them on.
 
-    All blocks are texts of one batch, with the same `pattern` (C, span) of who sees whom, in which what
-    stands before the first key and behind the last one is no token. A group's queries stand side by side
-    as the queries of its key head, so that no key is copied for a head.
+    All blocks are texts of one batch, with the same `pattern` (C, span) of who sees
+    whom; what stands before the first key and behind the last one is no token. The
+    queries of a group stand side by side as those of its key head, so that no key is
+    copied for a head.
     """
     (B, H, T, _), (K, S), (C, span) = q.shape, k.shape[1:3], pattern.shape
     N, G = -(-T // C), H // K
     left = back * C - (S - T)  # from the start of the first span to the first key
     right = (N - 1) * C + span - left - S
-    real = torch.ones(1, S, dtype=torch.bool, device=q.device) if token_mask is None else token_mask
-    real = F.pad(real, (left, right)).unfold(1, span, C)  # (B, N, span)
-    mask = (pattern & real[:, :, None]).expand(B, N, C, span).flatten(0, 1)  # (B·N, C, span)
-    blocks = F.pad(q, (0, 0, 0, N * C - T)).view(B, K, G, N, C, -1).permute(0, 3, 1, 2, 4, 5)
+    if token_mask is None:
+        token_mask = torch.ones(1, S, dtype=torch.bool, device=q.device)
+    real = F.pad(token_mask, (left, right)).unfold(1, span, C)  # (B, N, span)
+    mask = (pattern & real[:, :, None]).expand(B, N, C, span).flatten(0, 1)
+    blocks = F.pad(q, (0, 0, 0, N * C - T)).view(B, K, G, N, C, -1)
     out = fused_attention(
-        blocks.reshape(B * N, K, G * C, -1),
+        blocks.permute(0, 3, 1, 2, 4, 5).reshape(B * N, K, G * C, -1),
         _spans(k, left, right, span, C),
         _spans(v, left, right, span, C),
         mask.repeat(1, G, 1)[:, None],  # (B·N, 1, G·C, span)
         dropout=dropout,
         scale=scale,
     )
-    out = out.view(B, N, K, G, C, -1).permute(0, 2, 3, 1, 4, 5)  # (B, K, G, N, C, Dv)
+    out = out.view(B, N, K, G, C, -1).permute(0, 2, 3, 1, 4, 5)
     return out.reshape(B, H, N * C, -1)[:, :, :T]
 
 
@@ -219,21 +221,28 @@ def _spans(x: Tensor, left: int, right: int, span: int, step: int) -> Tensor:
 
 
 def _interleaved(
-    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, dilation: int, **how: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    dilation: int,
+    **how: Any,
 ) -> Tensor:
-    """A dilated window is a plain one in each of the d sequences that consist of every d-th position.
+    """A dilated window is a plain one in d sequences of every d-th position.
 
-    Positions are counted from the last one, with which queries and keys end together.
+    Positions are counted from the last one, with which queries and keys end.
     """
-    B, _, T, _ = q.shape
-    S = k.size(2)
+    (B, _, T, _), S = q.shape, k.size(2)
     if token_mask is None:
         token_mask = torch.ones(B, S, dtype=torch.bool, device=q.device)
-    q, k, v = (_deal(F.pad(x, (0, 0, -x.size(2) % dilation, 0)), dilation) for x in (q, k, v))
-    token_mask = F.pad(token_mask, (-S % dilation, 0)).view(B, -1, dilation)  # (B, S/d, d)
-    real = token_mask.transpose(1, 2).flatten(0, 1)  # (B·d, S/d)
+    before = -S % dilation  # places in front that fill up the last round
+    q = _deal(F.pad(q, (0, 0, -T % dilation, 0)), dilation)  # (B·d, H, T/d, Dh)
+    k, v = (_deal(F.pad(x, (0, 0, before, 0)), dilation) for x in (k, v))
+    real = F.pad(token_mask, (before, 0))[:, None, :, None]
+    real = _deal(real, dilation)[:, 0, :, 0]  # (B·d, S/d)
     out = windowed_attention(q, k, v, real, **how)  # (B·d, H, T/d, Dv)
-    return out.unflatten(0, (B, dilation)).permute(0, 2, 3, 1, 4).flatten(2, 3)[:, :, -T:]
+    out = out.unflatten(0, (B, dilation)).permute(0, 2, 3, 1, 4)
+    return out.flatten(2, 3)[:, :, -T:]
 
 
 def _deal(x: Tensor, dilation: int) -> Tensor:

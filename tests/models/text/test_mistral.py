@@ -29,6 +29,7 @@ from textbook_code.models.text.llama import (
 
 RIGHT = ragged_batch(97, (37, 23, 32, 3), max_len=39)
 LEFT = padded_on_the_left(RIGHT)
+LONG = padded_on_the_left(ragged_batch(97, (171, 64, 130, 3), max_len=173))  # several blocks of 64
 
 
 def build(architecture: str, *, attention: str = "sdpa", **changes: Any) -> Any:
@@ -58,6 +59,9 @@ def test_causal_language_model(parity):
         for batch in (RIGHT, LEFT):
             reference = exact_(build("MistralForCausalLM", sliding_window=window)).double()
             parity.check(LlamaForCausalLM.from_hf, reference, zero_gradient=zero, **logits(batch))
+    for window in (4, 70):
+        reference = build("MistralForCausalLM", sliding_window=window, max_position_embeddings=200)
+        parity.check(LlamaForCausalLM.from_hf, exact_(reference).double(), **logits(LONG))
 
 
 @parity_row(
@@ -70,10 +74,9 @@ def test_causal_language_model(parity):
 )
 def test_causal_language_model_against_the_untouched_reference(parity):
     for attention in ("eager", "sdpa"):
-        for batch in (RIGHT, LEFT):
-            parity.check(
-                LlamaForCausalLM.from_hf, build("MistralForCausalLM", attention=attention), **logits(batch)
-            )
+        for batch in (RIGHT, LEFT, LONG):
+            reference = build("MistralForCausalLM", attention=attention, max_position_embeddings=200)
+            parity.check(LlamaForCausalLM.from_hf, reference, **logits(batch))
 
 
 @parity_row(
