@@ -148,10 +148,10 @@ class RollingCache(KVCache):
             v: their values, of the same shape.
 
         Returns:
-            Keys and values (B, K, S, Dh). For one new position these are views of the
-            slots in use, in the order of the slots (`positions` tells who lies where).
-            For more, copies in the order of the positions: up to W − 1 earlier ones,
-            then the T new ones.
+            Keys and values (B, K, S, Dh). For one new position these are views of
+            the slots in use, in the order of the slots (see `positions`). For more,
+            copies in the order of the positions: up to W − 1 earlier ones, then
+            the T new ones.
 
         Raises:
             TypeError: a dtype differs from the cache's.
@@ -167,7 +167,8 @@ class RollingCache(KVCache):
         start, end = self.length, self.length + k.size(2)
         seen = k, v
         if start and end - start != 1:
-            past = torch.arange(max(0, start - W + 1), start, device=k.device) % W
+            first = max(0, start - W + 1)
+            past = torch.arange(first, start, device=k.device) % W
             seen = (
                 torch.cat([self.k[:, :, past], k], dim=2),
                 torch.cat([self.v[:, :, past], v], dim=2),

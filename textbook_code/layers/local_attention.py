@@ -183,16 +183,16 @@ def _by_blocks(
     dropout: float,
     scale: float | None,
 ) -> Tensor:
-    """Attention of C queries at a time to a span of keys, `back` blocks before them on.
+    """Attention of C queries at a time to a span of keys that begins before them.
 
-    All blocks are texts of one batch, with the same `pattern` (C, span) of who sees
-    whom; what stands before the first key and behind the last one is no token. The
-    queries of a group stand side by side as those of its key head, so that no key is
-    copied for a head.
+    All blocks are texts of one batch, with the same `pattern` (C, span) of who
+    sees whom; what stands before the first key and behind the last is no token.
+    The queries of a group stand side by side as those of its key head, so that no
+    key is copied for a head. A span begins `back` blocks before its own.
     """
     (B, H, T, _), (K, S), (C, span) = q.shape, k.shape[1:3], pattern.shape
     N, G = -(-T // C), H // K
-    left = back * C - (S - T)  # from the start of the first span to the first key
+    left = back * C - (S - T)  # places before the first key
     right = (N - 1) * C + span - left - S
     if token_mask is None:
         token_mask = torch.ones(1, S, dtype=torch.bool, device=q.device)
@@ -235,8 +235,8 @@ def _interleaved(
     (B, _, T, _), S = q.shape, k.size(2)
     if token_mask is None:
         token_mask = torch.ones(B, S, dtype=torch.bool, device=q.device)
-    before = -S % dilation  # places in front that fill up the last round
-    q = _deal(F.pad(q, (0, 0, -T % dilation, 0)), dilation)  # (B·d, H, T/d, Dh)
+    before = -S % dilation  # places that fill up the first round
+    q = _deal(F.pad(q, (0, 0, -T % dilation, 0)), dilation)
     k, v = (_deal(F.pad(x, (0, 0, before, 0)), dilation) for x in (k, v))
     real = F.pad(token_mask, (before, 0))[:, None, :, None]
     real = _deal(real, dilation)[:, 0, :, 0]  # (B·d, S/d)
