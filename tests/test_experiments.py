@@ -75,7 +75,8 @@ def test_a_run_is_recorded_whole_and_loads_again(toy: Path) -> None:
     assert new.versions["torch"] == version("torch")
     assert new.command == "python -m textbook_code.recorded run toy"
     assert len(new.source_sha256) == 64
-    layer = {f"textbook_code/{name}.py" for name in ("__init__", "layers/__init__", "layers/norms")}
+    needed = ("__init__", "layers/__init__", "layers/checks", "layers/norms")
+    layer = {f"textbook_code/{name}.py" for name in needed}
     assert set(new.sources) == {"experiments/toy.py"} | layer
     # the caller's random state and threads are as before
     assert torch.get_rng_state().equal(state)

@@ -314,8 +314,9 @@ class QKNorm(nn.Module):
     def _normalise(self, norm: nn.Module, x: Tensor) -> Tensor:
         if self.over == "head":
             return norm(x)
+        heads, Dh = x.size(1), x.size(3)
         together = x.transpose(1, 2).flatten(2)  # (B, T, heads · Dh)
-        return norm(together).unflatten(-1, (x.size(1), x.size(3))).transpose(1, 2)
+        return norm(together).unflatten(-1, (heads, Dh)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"over={self.over!r}"

@@ -160,7 +160,8 @@ def deepnorm_init_(module: nn.Module, beta: float) -> nn.Module:
     for name, inner in module.named_modules():
         role = name.rpartition(".")[2]
         if isinstance(inner, nn.Linear) and role in _GAIN_BETA + _GAIN_ONE:
-            nn.init.xavier_normal_(inner.weight, gain=beta if role in _GAIN_BETA else 1.0)
+            gain = beta if role in _GAIN_BETA else 1.0
+            nn.init.xavier_normal_(inner.weight, gain=gain)
             if inner.bias is not None:
                 nn.init.zeros_(inner.bias)
             found = True
