@@ -81,7 +81,8 @@ class AdamW(Optimizer):
         m.mul_(beta1).add_((1 - beta1) * g)
         v.mul_(beta2).add_((1 - beta2) * g.square())
         if group["amsgrad"]:
-            v = state["v_max"] = torch.maximum(state.get("v_max", torch.zeros_like(v)), v)
+            largest = state.get("v_max", torch.zeros_like(v))
+            v = state["v_max"] = torch.maximum(largest, v)
         m_hat = m / (1 - beta1**t)
         v_hat = v / (1 - beta2**t)
         p.sub_(lr * m_hat / (v_hat.sqrt() + eps))
