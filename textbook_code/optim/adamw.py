@@ -81,7 +81,8 @@ class AdamW(Optimizer):
         m.mul_(beta1).add_((1 - beta1) * g)
         v.mul_(beta2).add_((1 - beta2) * g.square())
         if group["amsgrad"]:
-            state["v_max"] = v = torch.maximum(state["v_max"], v) if "v_max" in state else v.clone()
+            largest = state.get("v_max", torch.zeros_like(v))
+            v = state["v_max"] = torch.maximum(largest, v)
         m_hat = m / (1 - beta1**t)
         v_hat = v / (1 - beta2**t)
         p.sub_(lr * m_hat / (v_hat.sqrt() + eps))
@@ -105,8 +106,8 @@ class AdamW(Optimizer):
             largest = [s["v_max"] for s in states]
             torch._foreach_maximum_(largest, v)
             v = largest
-        # with c₁ = 1 − β₁ᵗ and c₂ = √(1 − β₂ᵗ) the step is (η c₂ / c₁) m / (√v + c₂ ε): both
-        # corrections are numbers, and no pass over the memory
+        # with c₁ = 1 − β₁ᵗ and c₂ = √(1 − β₂ᵗ) the step is (η c₂ / c₁) m / (√v + c₂ ε),
+        # so that both corrections are numbers and need no pass over the memory
         c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
         root = torch._foreach_sqrt(v)
         torch._foreach_add_(root, c2 * eps)
