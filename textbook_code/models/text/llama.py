@@ -281,7 +281,7 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, norm_eps=config.norm_eps)
-        heads = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+        heads: dict[str, Any] = {"num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
         self.attn: Attention | LocalAttention
         if config.sliding_window is None:
             self.attn = Attention(config.d_model, config.num_heads, **heads, bias=False)
