@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from parity import error_of, loud_
 from torch import Tensor, nn
 
-from textbook_code.layers import sparse_attention as sparse
 from textbook_code.layers.attention import Attention, attention
 from textbook_code.layers.local_attention import windowed_attention
 from textbook_code.layers.masks import causal_mask, key_mask, sliding_window_mask
@@ -27,16 +26,20 @@ from textbook_code.layers.sparse_attention import (
     BigBirdAttention,
     LongformerAttention,
     SparseAttention,
+    _shared,
     add_global,
+    bigbird,
     bigbird_attention,
     bigbird_mask,
     diameter,
     find_global,
     fixed_attention,
     fixed_mask,
+    longformer,
     random_blocks,
     reach,
     reachable,
+    strided,
     strided_attention,
     strided_mask,
     to_band,
@@ -767,8 +770,8 @@ MUTATIONS: dict[str, tuple[Callable[[], float], str, str]] = {
     "window: one position too few": (longformer_gap, "(apart.abs() <= h)", "(apart.abs() < h)"),
     "window: padding leaks": (
         longformer_gap,
-        "real = _three_chunks(_in_blocks(real, h",
-        "real = _three_chunks(_in_blocks(real | True, h",
+        "real = _three_chunks(in_blocks(real, h",
+        "real = _three_chunks(in_blocks(real | True, h",
     ),
     "window: what fills the last chunk leaks": (
         longformer_gap,
@@ -777,8 +780,8 @@ MUTATIONS: dict[str, tuple[Callable[[], float], str, str]] = {
     ),
     "dilation: positions dealt out in runs": (
         longformer_gap,
-        "_in_blocks(x, dilation).transpose(2, 3)",
-        "_in_blocks(x, -(-x.size(2) // dilation))",
+        "in_blocks(x, dilation).transpose(2, 3)",
+        "in_blocks(x, -(-x.size(2) // dilation))",
     ),
     "dilation: the heads in another order": (
         longformer_gap,
@@ -787,8 +790,8 @@ MUTATIONS: dict[str, tuple[Callable[[], float], str, str]] = {
     ),
     "global: the column forgotten": (
         longformer_gap,
-        "sets.append((_in_blocks(scores, window // 2), seen[:, None, None, None]))",
-        "sets.append((_in_blocks(scores, window // 2), seen[:, None, None, None] & False))",
+        "sets.append((in_blocks(scores, window // 2), seen[:, None, None, None]))",
+        "sets.append((in_blocks(scores, window // 2), seen[:, None, None, None] & False))",
     ),
     "global: a near global token counted twice": (
         longformer_gap,
@@ -873,11 +876,18 @@ def test_without_a_bug_all_pass(check):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_planted_bug_is_caught(name, monkeypatch):
     check, right, wrong = MUTATIONS[name]
-    source = Path(sparse.__file__).read_text(encoding="utf-8")
-    assert source.count(right) == 1, f"{source.count(right)} places to plant {name!r}"
-    space: dict[str, object] = {"__name__": sparse.__name__, "__package__": sparse.__package__}
-    exec(compile(source.replace(right, wrong), sparse.__file__, "exec"), space)
+    sources = {m: Path(m.__file__).read_text("utf-8") for m in (_shared, bigbird, longformer, strided)}
+    count = sum(source.count(right) for source in sources.values())
+    assert count == 1, f"{count} places to plant {name!r}"
+    (module,) = (m for m, source in sources.items() if right in source)
+    space: dict[str, object] = {"__name__": module.__name__, "__package__": module.__package__}
+    exec(compile(sources[module].replace(right, wrong), module.__file__, "exec"), space)
+    if module is _shared:  # the others hold its functions by name
+        for user in (bigbird, longformer, strided):
+            for shared in ("in_blocks", "joint_weights"):
+                monkeypatch.setattr(user, shared, space[shared])
     for public in ("strided_attention", "fixed_attention", "LongformerAttention", "BigBirdAttention"):
-        monkeypatch.setitem(globals(), public, space[public])
+        if public in space:
+            monkeypatch.setitem(globals(), public, space[public])
     error = check()
     assert error > 1e-3, f"{name!r} passes with an error of {error:.3g}"

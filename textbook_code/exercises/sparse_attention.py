@@ -62,7 +62,7 @@ def _check_layers(answer: Callable[..., Any]) -> str | None:
     cases = {
         "full attention": torch.ones(9, 9).bool(),
         "a window of 4 on 33 positions": window_mask(33, window=4),
-        "a window of 6 on 40 positions, dilation 2 in it": window_mask(40, window=6, dilation=1),
+        "a window of 6 on 40 positions": window_mask(40, window=6),
         "a window of 4 and a global token": add_global(window_mask(40, window=4), first)[0, 0],
         "blocks": bigbird_mask(40, blocks, block_size=2)[0],
         "a ring whose positions do not see themselves": torch.eye(7).bool().roll(1, 0)
@@ -321,13 +321,15 @@ EXERCISES = (
         title="The next pattern, from its paper",
         stars=3,
         statement=r"""
-            LongNet's dilated attention makes several passes. The pass $(w, r)$ cuts the text into segments of
-            $w$ and takes every $r$-th position of each, from its first; these attend to each other, within
-            their segment. A position's output is the sum of its outputs in the passes that took it, weighted
-            by $\alpha_p = s_p / \sum_{p'} s_{p'}$, where $s_p$ is the denominator of its softmax in pass $p$.
-            Write it for one head that is not causal, `q`, `k` and `v` of shape `(T, Dh)`; every $w$ divides
-            $T$, every $r$ divides its $w$. A position that no pass took gets zeros. (As in the paper, a pair
-            that two passes share counts in both.)
+            LongNet's dilated attention (section 2.2 of its paper) makes several passes. The pass $(w, r)$
+            cuts the text into segments of $w$ and takes every $r$-th position of each, from its first;
+            these attend to each other, within their segment, with scores $q \cdot k / \sqrt{D_h}$. A
+            position's output is the sum of its outputs in the passes, weighted by $\alpha_p = s_p /
+            \sum_{p'} s_{p'}$, where $s_p$ is the denominator of its softmax in pass $p$, no maximum taken
+            out. (By these formulas a pair that two passes share counts in both.) What $s_p$ is where a pass
+            did not take the position, the paper does not say; we leave such passes out of both sums, and a
+            position that no pass took gets zeros. Write it for one head that is not causal, `q`, `k` and
+            `v` of shape `(T, Dh)`; every $w$ divides $T$, every $r$ divides its $w$.
         """,
         answer="dilated",
         starter="""

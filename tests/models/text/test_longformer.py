@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
-from textbook_code.layers import sparse_attention
 from textbook_code.layers.attention import attention
-from textbook_code.layers.sparse_attention import LongformerAttention
+from textbook_code.layers.sparse_attention import LongformerAttention, longformer
 from textbook_code.models.text.longformer import (
     Longformer,
     LongformerConfig,
@@ -226,9 +225,7 @@ def test_parameters(size):
 @pytest.mark.parametrize("marked", [0, 1, 3])
 def test_operations(marked, monkeypatch):
     """By torch's counter, which does not know every attention kernel: so the global rows are written out."""
-    monkeypatch.setattr(
-        sparse_attention, "fused_attention", lambda q, k, v, m, **kw: attention(q, k, v, m)[0]
-    )
+    monkeypatch.setattr(longformer, "fused_attention", lambda q, k, v, m, **kw: attention(q, k, v, m)[0])
     config = LongformerConfig(
         vocab_size=97, d_model=35, num_layers=3, num_heads=5, d_ff=53, max_seq_len=72, windows=(8, 24, 12)
     )
