@@ -29,7 +29,8 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     with _quiet(), watch:
         kept = work()  # noqa: F841 (so that it is not released before the end)
-    events = [e for e in watch.profiler.kineto_results.events() if e.name() == "[memory]"]
+    results: Any = watch.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     return max(accumulate((e.nbytes() for e in events), initial=0))
 
