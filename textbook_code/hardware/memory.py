@@ -3,7 +3,10 @@
 Book: variants-memory
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,13 +26,23 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
     Book: variants-memory
     """
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _quiet(), watch:
         kept = work()  # noqa: F841 (so that it is not released before the end)
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    results: Any = watch.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in events), initial=0))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the profiler writes to standard error by itself, below Python."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
