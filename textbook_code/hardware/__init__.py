@@ -1,4 +1,4 @@
-"""What the machine does: bytes and, later, time.
+"""What a computation takes of the machine: bytes.
 
 Book: attention-variants
 """
