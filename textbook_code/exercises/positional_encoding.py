@@ -250,9 +250,9 @@ EXERCISES = (
         stars=1,
         statement=r"""
             The starter runs, and its slopes are right. A model trained with it prefers the words that are
-            farthest away, and behind a cache, where the `T` queries are the last of the `S` keys, its
-            numbers change once more. Mend both in the function, which returns the bias `(H, T, S)`; what it
-            holds at later keys does not matter.
+            farthest away, and behind a cache, where the `T` queries are the last of the `S` keys, a pair has
+            another number than without. Mend both in the function, which returns the bias `(H, T, S)`, with 0
+            for each query's own key; what it holds at later keys does not matter.
         """,
         answer="bias",
         starter=_ALIBI_BUG,

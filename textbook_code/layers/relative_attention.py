@@ -111,7 +111,7 @@ class DisentangledAttention(nn.Module):
       k^r = P W^{K,r}, \quad q^r = P W^{Q,r},$$
 
     with P a table of places, (2·span, D), that all layers of a model share, and n of `disentangled_index`.
-    The third term that one might expect, place to place, is left out: between relative places it would say
+    The fourth term that one might expect, place to place, is left out: between relative places it would say
     nothing about the text. The root holds 3, because three products of unit variance are summed.
     Paper: He et al. (2021), section 3.1. Reference: transformers, DebertaV2's DisentangledSelfAttention.
 
