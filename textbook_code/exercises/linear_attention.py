@@ -187,7 +187,7 @@ def _check_gated(answer: Callable[..., Any]) -> str | None:
                 "nothing is forgotten: the gates are not applied": _gated(q, k, v, torch.ones_like(gates), S)[
                     0
                 ],
-                "each gate is one step late": _gated(q, k, v, shifted, S)[0],
+                "each gate is used one step early": _gated(q, k, v, shifted, S)[0],
                 "the state is read before it is written": torch.stack(before),
                 "the gate also weakens what is written now": torch.stack(late),
             }

@@ -490,6 +490,10 @@ def relu_features(x: Tensor, projection: Tensor, *, eps: float = 1e-3) -> Tensor
     Returns:
         (B, H, T, m).
 
+    Raises:
+        TypeError: x is not floating.
+        ValueError: shapes do not fit.
+
     Book: linear-attention-features
     """
     return F.relu(_projected(x, projection)[1]) + eps
@@ -511,6 +515,10 @@ def trigonometric_features(x: Tensor, projection: Tensor) -> Tensor:
 
     Returns:
         (B, H, T, 2 m).
+
+    Raises:
+        TypeError: x is not floating.
+        ValueError: shapes do not fit.
 
     Book: linear-attention-features
     """
@@ -566,8 +574,8 @@ class RandomFeatures(FeatureMap):
             keys. A causal layer takes only False: earlier outputs would depend on later keys, by way of eps.
             Without the shift, a feature times √m has mean 1 and is at most exp(‖w‖²/2), about
             exp(Dh/2).
-        eps: added to each feature before the division by √m; 1e-4 for positive and 1e-3 for relu features
-            when left out.
+        eps: added to each feature, for positive ones before the division by √m; 1e-4 for positive and 1e-3
+            for relu features when left out. Trigonometric ones take none.
         generator: where the rows come from; torch's global one when left out.
 
     Raises:
