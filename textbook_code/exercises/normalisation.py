@@ -35,7 +35,7 @@ def _check_deepnorm(answer: Callable[..., Any]) -> str | None:
             if number_problem(value, wanted, name, rel=1e-6):
                 if abs(value * wanted - 1) < 1e-6:
                     return f"{what}: {name} is one over what it should be; α is above 1, and β below."
-                if N and M and abs(value - (3 * N) ** 0.25) < 1e-6:
+                if name == "the encoder's α" and abs(value - (3 * N) ** 0.25) < 1e-6:
                     return f"{what}: {name} has the form of the decoder's; the encoder's depends on both."
                 return f"{what}: {name} = {value:.5g} is not right."
     return None
