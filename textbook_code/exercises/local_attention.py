@@ -345,7 +345,7 @@ EXERCISES = (
             """,
         ),
         check=_check_chunked,
-        hint="Pad, then `unfold` with a length of two blocks and a step of one. What stands before the text?",
+        hint="Pad, then `unfold`: two blocks long, a step of one block. What stands before the text?",
     ),
     Exercise(
         name="local-attention/look-back",
