@@ -63,7 +63,7 @@ def _check_bias_correction(answer: Callable[..., Any]) -> str | None:
             got = answer(gradients.clone(), beta)
             if problem := number_problem(got, expected.item(), what, rel=1e-9):
                 if size > 1 and beta == 0.9 and number_problem(got, (m / (1 - beta)).item(), "") is None:
-                    return f"{what}: it divides by 1 − β at every step; the sum of the weights is 1 − βᵗ."
+                    return f"{what}: it divides by 1 − β for every length; the sum of the weights is 1 − βᵗ."
                 if number_problem(got, m.item(), "") is None:
                     return f"{what}: the average is not corrected; a mean of numbers near 3 lies near 3."
                 return problem
@@ -251,9 +251,9 @@ EXERCISES = (
         stars=1,
         statement=r"""
             The starter averages gradients and corrects the bias of the start, it says. With $\beta = 0.9$ and
-            gradients that are all 3, its answer leaves 3 at the second step. Find the mistake: the answer is
-            to be the weighted mean $\hat m_t$ of the gradients, a tensor `(t,)`, $\beta$ counting from the
-            last.
+            gradients that are all 3, its answer leaves 3 at the second step. Find the mistake: `gradients` is
+            a tensor `(t,)`, the newest last, and the answer is to be one number, their weighted mean
+            $\hat m_t$.
         """,
         answer="average",
         starter="""
@@ -340,7 +340,8 @@ EXERCISES = (
         stars=2,
         statement=r"""
             Write step `t`, counted from 1, of AdamW on a tensor `w` with gradient `g` and averages `m` and
-            `v`; give back the new `w`, `m` and `v`. The package's optimizers stay shut.
+            `v`; give back the new `w`, `m` and `v`. The decay is multiplied by `lr`. The package's optimizers
+            stay shut.
         """,
         answer="adamw",
         starter="""

@@ -26,8 +26,8 @@ class AdamW(Optimizer):
     \end{aligned}$$
 
     All operations are by coordinate. It keeps m and v, eight bytes a parameter in float32.
-    Papers: Kingma and Ba (2015); Loshchilov and Hutter (2019), whose schedule multiplies η and so the decay
-    too; Reddi et al. (2018) for `amsgrad`. Reference: torch.optim.AdamW.
+    Papers: Kingma and Ba (2015); Loshchilov and Hutter (2019), where the schedule alone, not η, multiplies
+    the decay; Reddi et al. (2018) for `amsgrad`. Reference: torch.optim.AdamW.
 
     Args:
         params: parameters, named or not, or groups of them (see `decay_groups`).
