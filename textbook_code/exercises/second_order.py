@@ -293,15 +293,15 @@ EXERCISES = (
             ),
         ),
         check=_check_sampled_labels,
-        hint="The gradient of one row is (p - onehot(y)) xᵀ. How large is the square of a mean of B of them?",
+        hint="One input has the gradient (p - onehot(y)) xᵀ. How large is the square of a mean of B of them?",
     ),
     Exercise(
         name="second-order/sophia-bug",
         title="One line of Sophia is wrong",
         stars=2,
         statement=r"""
-            The starter is meant to be Sophia's step with Hutchinson's `h`. It trains well for a while, then
-            the loss rises. Find the line and mend it; the function returns the new `p` and the new `m`.
+            The starter is meant to be Sophia's step with Hutchinson's `h`. It raises no error, and yet it
+            can climb. Find the line and mend it; the function returns the new `p` and the new `m`.
         """,
         answer="sophia_step",
         starter="""
