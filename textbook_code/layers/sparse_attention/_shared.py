@@ -51,7 +51,7 @@ def joint_weights(*parts: tuple[Tensor, Tensor], dropout: float = 0.0) -> tuple[
     )
 
 
-class SelfAttention(nn.Module):
+class _SelfAttention(nn.Module):
     """Projections of a self-attention whose middle a subclass writes."""
 
     def __init__(self, d_model: int, num_heads: int, *, bias: bool, dropout: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..attention import fused_attention
 from ..checks import expect_bool, expect_shape
 from ..masks import key_mask
-from ._shared import SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
+from ._shared import _SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
 
 
 @cache
@@ -168,7 +168,7 @@ def bigbird_attention(
     return torch.cat([outer[:, :, :1], inner, outer[:, :, 1:]], 2).flatten(2, 3)[:, :, :T]
 
 
-class BigBirdAttention(SelfAttention):
+class BigBirdAttention(_SelfAttention):
     r"""Self-attention to the first, the last, the near and some random blocks; to all in a short text.
 
     A text of no more than (5 + 2r) b positions is attended to in full, as in the published implementation.

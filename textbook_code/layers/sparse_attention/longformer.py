@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..attention import fused_attention
 from ..checks import expect_bool, expect_shape
 from ..masks import key_mask, symmetric_window_mask
-from ._shared import SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
+from ._shared import _SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
 
 
 def window_mask(
@@ -238,7 +238,7 @@ def to_band(chunks: Tensor) -> Tensor:
     return chunks.gather(-1, columns.expand(*chunks.shape[:3], h, 2 * h + 1)).flatten(2, 3)
 
 
-class LongformerAttention(SelfAttention):
+class LongformerAttention(_SelfAttention):
     r"""Self-attention to a window and to global tokens, which have projections of their own.
 
     $$\mathrm{out}_i = \begin{cases}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..attention import fused_attention
 from ..masks import block_local_mask, causal_mask, sliding_window_mask
-from ._shared import SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
+from ._shared import _SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
 
 PARTS = ("merged", "first", "second")
 
@@ -219,7 +219,7 @@ def fixed_attention(
     return out.flatten(2, 3)[:, :, :T]
 
 
-class SparseAttention(SelfAttention):
+class SparseAttention(_SelfAttention):
     r"""Causal self-attention along the strided or the fixed pattern of the Sparse Transformer.
 
     The paper's three ways to put the two sets into a network: `merged` into one set for all heads; some
