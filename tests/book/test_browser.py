@@ -156,7 +156,7 @@ def test_search_finds_a_word(chromium: Browser, word: str, where: str, opened: s
         results = tab.eval_on_selector_all("#search-results li a", "links => links.map((a) => a.href)")
         assert any(f"/01-text-transformers/{where}.html" in result for result in results), results
         text = (HTML / results[0].split("?")[0].split("#")[0].removeprefix(base)).read_text("utf-8")
-        assert word.lower() in text.lower()
+        assert word.removesuffix("ing") in text.lower()  # the search goes by stems
 
 
 def test_search_finds_no_word_that_is_nowhere(chromium: Browser) -> None:
