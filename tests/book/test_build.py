@@ -282,3 +282,12 @@ def test_a_stage_over_its_cap_takes_its_children_with_it(
     assert ci.main() == 1
     subprocess.run(["sleep", "3"], check=True)
     assert not (tmp_path / "late").exists()
+
+
+def test_the_slow_test_of_a_day_fits_into_its_stage() -> None:
+    name = "tests/test_experiments.py::test_the_whole_experiment_repeats[{}]"
+    assert ci.is_short(name.format("bart_noise"))
+    assert not ci.is_short(name.format("bert_bbc"))
+    assert ci.is_short("tests/test_wheel.py::test_a_model_runs_from_an_empty_environment")
+    stage = next(stage for stage in ci.STAGES if stage.name == "slow test")
+    assert stage.minutes * 60 / 1.5 > ci.LONGEST
