@@ -1,6 +1,6 @@
-"""From token ids to vectors, and back to scores over the vocabulary.
+"""From token ids to vectors, and back to scores over the vocabulary; and from an image to vectors.
 
-V vocab_size, D d_model.
+V vocab_size, D d_model, C channels, H and W height and width, N patches.
 
 Book: bert-embeddings
 """
@@ -8,7 +8,7 @@ Book: bert-embeddings
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import expect_ids
+from .checks import expect_divides, expect_dtype, expect_ids, expect_shape
 
 
 class TokenEmbedding(nn.Embedding):
@@ -49,3 +49,44 @@ class TokenEmbedding(nn.Embedding):
     def attend(self, x: Tensor) -> Tensor:
         """Score (…, D) against every row of the table; returns (…, V)."""
         return F.linear(x, self.weight)
+
+
+class PatchEmbedding(nn.Module):
+    r"""Cut an image into square patches and map each to a vector: a convolution whose stride is its size.
+
+    $$x_n = W\, \mathrm{vec}(\mathrm{patch}_n) + b, \qquad n = 0, \ldots, N - 1, \quad
+      N = (\mathtt{image\_size} / \mathtt{patch\_size})^2$$
+
+    with the patches taken row by row. Paper: Dosovitskiy et al. (2021), section 3.1.
+
+    Args:
+        image_size: height and width of the image, in pixels.
+        patch_size: height and width of a patch; it divides `image_size`.
+        d_model: D.
+        in_channels: C, 3 for colour.
+
+    Raises:
+        ValueError: the patches do not tile the image.
+
+    Book: tiny-vit-patches
+    """
+
+    def __init__(self, image_size: int, patch_size: int, d_model: int, *, in_channels: int = 3) -> None:
+        super().__init__()
+        expect_divides("patch_size", patch_size, "image_size", image_size)
+        self.image_size, self.in_channels = image_size, in_channels
+        self.num_patches = (image_size // patch_size) ** 2
+        self.proj = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, C, image_size, image_size) to (B, N, D).
+
+        Raises:
+            ValueError: other channels, or another size.
+            TypeError: no tensor, or another dtype than the weights'.
+
+        Book: tiny-vit-patches
+        """
+        expect_shape("images", images, "B C H W", C=self.in_channels, H=self.image_size, W=self.image_size)
+        expect_dtype("images", images, self.proj.weight.dtype)
+        return self.proj(images).flatten(2).transpose(1, 2)

@@ -16,6 +16,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # x Φ(x), by the error function: BERT, ViT
     "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-1, GPT-2, T5 v1.1
     "silu": F.silu,  # x σ(x): LLaMA, PaLM
+    "hardswish": F.hardswish,  # x min(max(x + 3, 0), 6) / 6, of pieces of straight lines and parabolas
 }
 
 

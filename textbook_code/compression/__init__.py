@@ -1,0 +1,4 @@
+"""Smaller models: numbers of fewer bits.
+
+Book: part-embedded
+"""

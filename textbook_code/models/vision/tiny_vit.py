@@ -1,0 +1,229 @@
+"""A vision transformer small enough for a microcontroller: 32 × 32 pixels in, one logit out.
+
+In this file: the config with the sizes that can be counted from it, the block, the model, and `fold`, which
+takes out of a trained model what need not be computed at run time. It is a plain vision transformer without
+a class token: the last vectors are averaged. Two choices make it fit for integers: BatchNorm, which in
+evaluation is a fixed affine map and folds into the next matrix, and ReLU, which is a clamp. LayerNorm and
+Hardswish are there to compare. (TinyViT is also the name of another, larger model by Wu et al., 2022.)
+
+B batch, C channels, N patches, D d_model, H heads, F d_ff, L layers.
+Paper: Dosovitskiy et al. (2021). Reference: timm's VisionTransformer with class_token=False,
+global_pool="avg" and fc_norm=False.
+
+Book: tiny-vit
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from textbook_code.layers.attention import Attention
+from textbook_code.layers.checks import expect_divides, expect_sizes
+from textbook_code.layers.embeddings import PatchEmbedding
+from textbook_code.layers.feed_forward import FeedForward
+from textbook_code.layers.norms import BatchNorm, LayerNorm
+from textbook_code.pretrained import Pretrained
+from textbook_code.weights import Packed, Rule
+
+NORMS = ("batch", "layer", "none")
+
+
+@dataclass(frozen=True)
+class TinyViTConfig:
+    """The sizes of a tiny vision transformer, and its two choices.
+
+    Args:
+        norm: "batch", "layer", or "none" once `fold` has taken the norms out.
+        activation: "relu" or "hardswish"; any of `ACTIVATIONS` trains, but these two deploy.
+        scale_scores: whether scores are divided by √Dh; False once `fold` has put that into the queries.
+
+    Raises:
+        ValueError: a size is not positive, the patches do not tile the image, the heads do not divide the
+            width, or the norm is unknown.
+
+    Book: tiny-vit
+    """
+
+    image_size: int = 32
+    patch_size: int = 4
+    in_channels: int = 3
+    d_model: int = 64
+    num_layers: int = 4
+    num_heads: int = 4
+    d_ff: int = 128
+    norm: str = "batch"
+    activation: str = "relu"
+    norm_eps: float = 1e-5
+    scale_scores: bool = True
+
+    def __post_init__(self) -> None:
+        expect_sizes(self)
+        expect_divides("patch_size", self.patch_size, "image_size", self.image_size)
+        expect_divides("num_heads", self.num_heads, "d_model", self.d_model)
+        if self.norm not in NORMS:
+            raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {self.norm!r}")
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _norm(config: TinyViTConfig) -> nn.Module:
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "layer":
+        return LayerNorm(config.d_model, norm_eps=config.norm_eps)
+    return TokenBatchNorm(config.d_model, norm_eps=config.norm_eps)
+
+
+class TokenBatchNorm(BatchNorm):
+    """BatchNorm of each of the D numbers of a vector, over all patches of all images of the batch.
+
+    Book: tiny-vit-norm
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, N, D)."""
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+class TinyViTBlock(nn.Module):
+    """Pre-norm attention and feed-forward network, each around a residual sum.
+
+    Book: tiny-vit-block
+    """
+
+    def __init__(self, config: TinyViTConfig) -> None:
+        super().__init__()
+        self.attn_norm = _norm(config)
+        self.attn = Attention(config.d_model, config.num_heads, scale=None if config.scale_scores else 1.0)
+        self.ffn_norm = _norm(config)
+        self.ffn = FeedForward(config.d_model, config.d_ff, activation=config.activation)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map (B, N, D) to (B, N, D); returns with it the attention weights (B, H, N, N)."""
+        attended, weights = self.attn(self.attn_norm(x), need_weights=True)
+        x = x + attended
+        return x + self.ffn(self.ffn_norm(x)), weights
+
+
+class TinyViT(Pretrained, nn.Module):
+    r"""Patches, blocks, an average, one logit.
+
+    $$x = \mathrm{patches}(\mathrm{image}) + P, \qquad x \leftarrow \mathrm{block}_l(x), \qquad
+      z = w \cdot \tfrac1N \textstyle\sum_n N(x)_n + b$$
+
+    The image is taken as (rgb − 128) / 128, so that one byte of a pixel, less 128, is the signed byte that
+    the integer model reads: no multiplication stands between the camera and the first layer.
+
+    Args:
+        config: the sizes.
+
+    Book: tiny-vit
+    """
+
+    config_class = TinyViTConfig
+    hf_architecture = "TinyViT"
+    hf_config: ClassVar[dict[str, str]] = {field.name: field.name for field in fields(TinyViTConfig)}
+    hf_assumes: ClassVar[dict[str, Any]] = {"class_token": False, "global_pool": "avg"}
+    hf_weights: tuple[Rule | Packed, ...] = (
+        ("pos_embed", "pos_embed"),
+        ("patch_embed.proj.{p}", "patch_embed.proj.{p}"),
+        ("blocks.{i}.norm1.{p}", "blocks.{i}.attn_norm.{p}"),
+        Packed(
+            "blocks.{i}.attn.qkv.{p}",
+            ("blocks.{i}.attn.q_proj.{p}", "blocks.{i}.attn.k_proj.{p}", "blocks.{i}.attn.v_proj.{p}"),
+        ),
+        ("blocks.{i}.attn.proj.{p}", "blocks.{i}.attn.out_proj.{p}"),
+        ("blocks.{i}.norm2.{p}", "blocks.{i}.ffn_norm.{p}"),
+        ("blocks.{i}.mlp.{layer}.{p}", "blocks.{i}.ffn.{layer}.{p}"),
+        ("norm.{p}", "final_norm.{p}"),
+        ("head.{p}", "head.{p}"),
+    )
+
+    def __init__(self, config: TinyViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbedding(
+            config.image_size, config.patch_size, config.d_model, in_channels=config.in_channels
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches, config.d_model))
+        self.blocks = nn.ModuleList(TinyViTBlock(config) for _ in range(config.num_layers))
+        self.final_norm = _norm(config)
+        self.head = nn.Linear(config.d_model, 1)
+        nn.init.normal_(self.pos_embed, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give each image one logit; above 0 it says yes.
+
+        Args:
+            images: (B, C, image_size, image_size), each value (rgb − 128) / 128.
+
+        Returns:
+            (B,) logits.
+
+        Raises:
+            TypeError: no tensor, or of another dtype than the weights'.
+            ValueError: another shape.
+
+        Book: tiny-vit
+        """
+        return self.attended(images)[0]
+
+    def attended(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `forward`, and with the logits the attention weights (B, H, N, N) of each layer.
+
+        Book: tiny-vit
+        """
+        x = self.patch_embed(images) + self.pos_embed  # (B, N, D)
+        maps = []
+        for block in self.blocks:
+            x, weights = block(x)
+            maps.append(weights)
+        return self.head(self.final_norm(x).mean(1)).squeeze(-1), maps
+
+
+@torch.no_grad()
+def fold(model: TinyViT) -> TinyViT:
+    r"""The same function with less to compute: BatchNorm and 1/√Dh go into the matrices behind them.
+
+    In evaluation BatchNorm is $a \odot x + c$ with $a = \gamma / \sqrt{\sigma^2 + \varepsilon}$ and
+    $c = \beta - a \odot \mu$, and a linear map of that is another linear map,
+
+    $$W (a \odot x + c) + b = (W \operatorname{diag} a)\, x + (W c + b).$$
+
+    The last norm commutes with the average. LayerNorm depends on its input, and stays.
+
+    Args:
+        model: it is not changed.
+
+    Returns:
+        A new model in eval mode, of the same logits up to rounding; with "batch" its norm is "none".
+
+    Book: tiny-vit-fold
+    """
+    old, batch = model.config, model.config.norm == "batch"
+    new = replace(old, norm="none" if batch else old.norm, scale_scores=False)
+    folded = TinyViT(new).to(model.head.weight.dtype).eval()
+    folded.load_state_dict({k: v for k, v in model.state_dict().items() if k in folded.state_dict()})
+    pairs: list[tuple[Any, list[nn.Linear]]] = [(model.final_norm, [folded.head])]
+    blocks: Any = list(zip(model.blocks, folded.blocks, strict=True))
+    for before, after in blocks:
+        attn = after.attn
+        pairs += [(before.attn_norm, [attn.q_proj, attn.k_proj, attn.v_proj])]
+        pairs += [(before.ffn_norm, [after.ffn.fc1])]
+    for norm, linears in pairs if batch else []:
+        a = norm.weight * (norm.running_var + norm.norm_eps).rsqrt()
+        c = norm.bias - a * norm.running_mean
+        for linear in linears:
+            linear.bias.add_(linear.weight @ c)
+            linear.weight.mul_(a)
+    if old.scale_scores:
+        for _, after in blocks:
+            attn = after.attn
+            for parameter in (attn.q_proj.weight, attn.q_proj.bias):
+                parameter.mul_(attn.head_dim**-0.5)
+    return folded
