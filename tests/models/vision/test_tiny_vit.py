@@ -109,7 +109,7 @@ def test_with_batch_norm_in_training(parity):
         model.zero_grad()
         (logits * torch.arange(1.0, 6.0, dtype=torch.float64)).sum().backward()
     after = load(theirs, BATCH)
-    moved = {name: x for name, x in ours.named_buffers()}
+    moved = dict(ours.named_buffers())
     assert len(moved) == 2 * (2 * 2 + 1)
     parity.record(moved, dict(after.named_buffers()))
     for p in theirs.parameters():
