@@ -1,4 +1,4 @@
-"""Pictures with and without a person, 32 × 32: where they come from, how they are split, what is done to them.
+"""Pictures with and without a person, 32 × 32: where they come from, how they are split, how augmented.
 
 Four sources give one type, `Pictures`: emoji, pedestrians of a surveillance camera, faces, and a few
 photographs. They are never pooled when something is measured, since they differ in everything but the
