@@ -21,7 +21,7 @@ from textbook_code.compression.integer import Rescale
 from textbook_code.deploy.graph import Graph, Op, Tensor
 
 
-class UnsupportedOp(ValueError):
+class UnsupportedOpError(ValueError):
     """An operation that the interpreter has no kernel for.
 
     Book: deploy-interpreter
@@ -51,7 +51,7 @@ class Interpreter:
         graph: of int8 activations, with one input and one output.
 
     Raises:
-        UnsupportedOp: an operation without a kernel; the message names it and its layer.
+        UnsupportedOpError: an operation without a kernel; the message names it and its layer.
 
     Book: deploy-interpreter
     """
@@ -60,13 +60,13 @@ class Interpreter:
         self.graph = graph
         for op in graph.ops:
             if op.kind not in KERNELS:
-                raise UnsupportedOp(
+                raise UnsupportedOpError(
                     f"graph: no kernel for {op.kind} in layer {graph.layer(op)!r}; "
                     f"there is one for {', '.join(sorted(KERNELS))}"
                 )
             for index in (i for i in (*op.inputs, *op.outputs) if i >= 0):
                 if graph.tensors[index].dtype not in ("int8", "int32"):
-                    raise UnsupportedOp(
+                    raise UnsupportedOpError(
                         f"graph: {op.kind} in layer {graph.layer(op)!r} works on "
                         f"{graph.tensors[index].dtype}, expected int8"
                     )
@@ -130,7 +130,7 @@ def _clamp(op: Op, out: Tensor) -> tuple[int, int]:
     zero, scale = _zero(out), float(_scale(out))
     bounds = {"NONE": (-math.inf, math.inf), "RELU": (0, math.inf), "RELU6": (0, 6)}
     if activation not in bounds:
-        raise UnsupportedOp(f"{op.kind}: expected one of {', '.join(bounds)}, got {activation}")
+        raise UnsupportedOpError(f"{op.kind}: expected one of {', '.join(bounds)}, got {activation}")
     low, high = (zero + bound / scale for bound in bounds[activation])
     return int(max(-128, low)), int(min(127, high + 0.5))
 
@@ -153,7 +153,7 @@ def _patch_conv(self: Interpreter, op: Op, given: list[Any]) -> Any:
     stride, window = (op.options["stride_h"], op.options["stride_w"]), given[1].shape[1:3]
     if stride != window:
         layer = self.graph.layer(op)
-        raise UnsupportedOp(f"CONV_2D in layer {layer!r}: expected the stride {window}, got {stride}")
+        raise UnsupportedOpError(f"CONV_2D in layer {layer!r}: expected the stride {window}, got {stride}")
     return _matrix(integer.patch_conv)(self, op, given)
 
 
@@ -169,7 +169,7 @@ def _batch_matmul(self: Interpreter, op: Op, given: list[Any]) -> Any:
 def _softmax(self: Interpreter, op: Op, given: list[Any]) -> Any:
     (x,), out = self.tensors(op)
     if (out.scale, out.zero_point) != ((1 / 256,), (-128,)):
-        raise UnsupportedOp(f"SOFTMAX: expected an output at 1/256 and -128, got {out.scale}")
+        raise UnsupportedOpError(f"SOFTMAX: expected an output at 1/256 and -128, got {out.scale}")
     return integer.softmax(given[0], integer.softmax_table(x.scale[0], op.options.get("beta", 1.0)))
 
 
@@ -206,6 +206,11 @@ def _rsqrt(self: Interpreter, op: Op, given: list[Any]) -> Any:
     return integer.rsqrt(given[0], rescale, x_zero=_zero(x), out_zero=_zero(out))
 
 
+def _hard_swish(self: Interpreter, op: Op, given: list[Any]) -> Any:
+    (x,), out = self.tensors(op)
+    return integer.hard_swish(given[0], scales=(x.scale[0], out.scale[0]), zeros=(_zero(x), _zero(out)))
+
+
 def _reshape(self: Interpreter, op: Op, given: list[Any]) -> Any:
     return given[0]
 
@@ -225,6 +230,7 @@ KERNELS: dict[str, Kernel] = {
     "SQUARED_DIFFERENCE": _pair(integer.squared_difference),
     "MEAN": _mean,
     "RSQRT": _rsqrt,
+    "HARD_SWISH": _hard_swish,
     "RESHAPE": _reshape,
     "TRANSPOSE": _transpose,
 }
