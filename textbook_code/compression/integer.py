@@ -479,13 +479,14 @@ class LayerNormInt8:
     $$\frac{x_i - \mu}{\sqrt{\sigma^2 + \varepsilon}} = \frac{d_i}{\sqrt{v}}, \qquad
       v = \tfrac1D \textstyle\sum_j d_j^2 + \varepsilon D^2 / s_x^2$$
 
-    The sums are exact. Rounded are v, the reciprocal root, the normalised number (to 14 bits behind the
-    point), γ (to 12 bits) and the result.
+    The sums are exact. Rounded are v, which has as many bits behind the point as leave it an int32, the
+    reciprocal root, the normalised number (to 14 bits behind the point), γ (to 12 bits) and the result.
 
     Args:
         gamma: (D,) γ in 12 bits.
         beta: (D,) β at the scale of the products n γ.
-        epsilon: ε D² / s_x², at least 1, so that equal numbers are divided by something.
+        fraction: bits of v behind the point, an even number.
+        epsilon: ε D² / s_x² with so many bits; at least 1, so that equal numbers are divided by something.
         rescale: from the scale of the products to that of the output.
         out_zero: zero point of the output.
 
@@ -494,6 +495,7 @@ class LayerNormInt8:
 
     gamma: Integers
     beta: Integers
+    fraction: int
     epsilon: int
     rescale: Rescale
     out_zero: int
@@ -512,25 +514,28 @@ class LayerNormInt8:
         """From γ, β and ε of a float LayerNorm, and the scales.
 
         Raises:
-            ValueError: γ and β are no vectors of one length, at most 1,024 long, or ε D² / s_x² is too large.
+            ValueError: γ and β are no vectors of one length, at most 360 long, or ε D² / s_x² is too large.
 
         Book: integer-layer-norm
         """
         gamma, beta = np.asarray(weight, dtype=np.float64), np.asarray(bias, dtype=np.float64)
-        if gamma.ndim != 1 or gamma.shape != beta.shape or not 1 <= len(gamma) <= 1024:
+        if gamma.ndim != 1 or gamma.shape != beta.shape or not 1 <= len(gamma) <= 360:
             raise ValueError(
-                "weight, bias: expected two vectors of one length from 1 to 1024, "
+                "weight, bias: expected two vectors of one length from 1 to 360, "
                 f"got {gamma.shape} and {beta.shape}"
             )
-        epsilon = max(1, round(norm_eps * len(gamma) ** 2 / x_scale**2))
+        largest = len(gamma) ** 2 * 2**14  # of D² σ² / s_x², since a byte is within 128 of any mean
+        fraction = (31 - largest.bit_length()) // 2 * 2
+        epsilon = max(1, round(norm_eps * len(gamma) ** 2 / x_scale**2 * 2**fraction))
         if epsilon > 2**30:
-            raise ValueError(f"norm_eps: expected at most 2^30 (s / D)^2, got {norm_eps} with s = {x_scale}")
+            raise ValueError(f"norm_eps: expected less than the variances, got {norm_eps} with s = {x_scale}")
         step = max(float(np.abs(gamma).max()), 1e-12) / 2047
         unit = step / 2**14  # of a product
         offset = np.clip(np.rint(beta / unit), -(2**30), 2**30)
         return cls(
             np.rint(gamma / step).astype(np.int64),
             offset.astype(np.int64),
+            fraction,
             epsilon,
             Rescale.of(unit / out_scale),
             out_zero,
@@ -549,9 +554,11 @@ class LayerNormInt8:
         if q.shape[-1] != width:
             raise ValueError(f"x: expected a last axis of {width}, got {q.shape}")
         d = width * q - q.sum(-1, keepdims=True)
-        v = np.minimum((d * d).sum(-1) // width + self.epsilon, INT32_MAX)
+        squares = (d * d).sum(-1) << self.fraction
+        v = np.minimum((squares + width // 2) // width + self.epsilon, INT32_MAX)
         roots = np.array([inverse_sqrt(int(one)) for one in v.ravel()]).reshape(*v.shape, 2)
-        normal = multiply_by_quantized_multiplier(d, roots[..., :1], roots[..., 1:] + 14)  # in Q17.14
+        shift = roots[..., 1:] + 14 + self.fraction // 2
+        normal = multiply_by_quantized_multiplier(d, roots[..., :1], shift)  # in Q17.14
         return to_int8(self.rescale(normal * self.gamma + self.beta), zero=self.out_zero)
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from textbook_code.compression import integer
 from textbook_code.compression.integer import Rescale
 from textbook_code.deploy.graph import Graph, Op, Tensor
+from textbook_code.deploy.tflite import as_int8
 
 
 class UnsupportedOpError(ValueError):
@@ -29,19 +30,6 @@ class UnsupportedOpError(ValueError):
 
 
 Kernel = Callable[["Interpreter", Op, list[Any]], Any]
-
-
-def as_signed(rgb: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """The bytes of a picture as the model's input: less 128, which is a flip of the top bit.
-
-    Raises:
-        TypeError: the picture is not uint8.
-
-    Book: deploy-interpreter
-    """
-    if rgb.dtype != np.uint8:
-        raise TypeError(f"rgb: expected uint8, got {rgb.dtype}")
-    return (rgb ^ np.uint8(0x80)).view(np.int8)
 
 
 class Interpreter:
@@ -99,9 +87,15 @@ class Interpreter:
         Args:
             images: (n, height, width, 3) uint8.
 
+        Raises:
+            TypeError: another dtype.
+            ValueError: another shape.
+
         Book: deploy-interpreter
         """
-        out = [self.run(image[None])[self.graph.outputs[0]].item() for image in as_signed(images)]
+        if images.dtype != np.uint8:
+            raise TypeError(f"images: expected uint8, got {images.dtype}")
+        out = [self.run(image[None])[self.graph.outputs[0]].item() for image in as_int8(images)]
         return np.array(out, dtype=np.int8)
 
     def tensors(self, op: Op) -> tuple[list[Tensor], Tensor]:
