@@ -206,6 +206,22 @@ def test_hard_swish(sx: float, zx: int) -> None:
     assert np.abs(ours[0] - exact).max() < 1.6  # the reference's own error
 
 
+def test_litert_rounds_a_matrix_product_once_and_tflite_micro_twice() -> None:
+    x, w = some(100, 64), some(64, 64, low=-127)
+    sw = np.linspace(0.001, 0.01, 64).astype(np.float32)
+    sx, sy = np.float32(0.03), np.float32(0.1)
+    bias = Given((64,), sx * sw, 0, np.zeros(64), np.int32)
+    content = model(
+        "FULLY_CONNECTED", [Given(x.shape, sx, 4), Given(w.shape, sw, 0, w), bias, Given((100, 64), sy, -3)],
+        activation(schema.FullyConnectedOptionsT()), "FullyConnectedOptions",
+    )  # fmt: skip
+    rescale = Rescale.of(float(sx) * sw.astype(float) / float(sy))
+    ours = integer.fully_connected(x, w, None, rescale, x_zero=4, out_zero=-3)
+    np.testing.assert_array_equal(ours, micro(content, x))
+    off = np.abs(reference(content, x).astype(int) - ours)
+    assert off.max() == 1 and 0 < off.mean() < 0.01
+
+
 # Against floats.
 
 

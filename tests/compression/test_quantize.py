@@ -251,13 +251,15 @@ def test_training_lowers_the_loss_and_gives_a_folded_model() -> None:
     aware = prepare(model, images).train()
     optimizer = torch.optim.Adam(aware.parameters(), 1e-2)
     losses = []
-    for _ in range(40):
+    for step in range(60):
+        if step % 10 == 0:  # held, the range of an untrained logit would stop it from growing
+            aware.calibrate(images)
         loss = nn.functional.binary_cross_entropy_with_logits(aware(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     done = aware.finished()
     assert isinstance(done, TinyViT) and not done.training and done.config == model.config
     assert all(

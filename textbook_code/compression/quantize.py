@@ -400,6 +400,9 @@ class QuantisationAware(nn.Module):
     def calibrate(self, images: Tensor, *, batch_size: int = 64) -> None:
         """Choose all ranges anew from the float model's tensors on these pictures.
 
+        Ranges fit the weights that they were chosen with: a logit that wants to grow beyond its range has no
+        gradient there. So call this again from time to time in a training.
+
         Args:
             images: (n, C, image_size, image_size), as the model reads them.
 

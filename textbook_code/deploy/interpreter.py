@@ -11,6 +11,7 @@ Book: deploy-interpreter
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from textbook_code.compression import integer
 from textbook_code.compression.integer import Rescale
-from textbook_code.deploy.graph import Graph, Op, Tensor
+from textbook_code.deploy.graph import Graph, Op, Tensor, read
 from textbook_code.deploy.tflite import as_int8
 
 
@@ -33,29 +34,30 @@ Kernel = Callable[["Interpreter", Op, list[Any]], Any]
 
 
 class Interpreter:
-    """Runs the operations of a graph in order.
+    """Runs the operations of a model in order.
 
     Args:
-        graph: of int8 activations, with one input and one output.
+        model: a graph of int8 activations with one input and one output, or a .tflite file of one.
 
     Raises:
+        FileNotFoundError, GraphError: as `read`.
         UnsupportedOpError: an operation without a kernel; the message names it and its layer.
 
     Book: deploy-interpreter
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, model: Graph | str | Path | bytes) -> None:
+        graph = self.graph = model if isinstance(model, Graph) else read(model)
         for op in graph.ops:
             if op.kind not in KERNELS:
                 raise UnsupportedOpError(
-                    f"graph: no kernel for {op.kind} in layer {graph.layer(op)!r}; "
+                    f"model: no kernel for {op.kind} in layer {graph.layer(op)!r}; "
                     f"there is one for {', '.join(sorted(KERNELS))}"
                 )
             for index in (i for i in (*op.inputs, *op.outputs) if i >= 0):
                 if graph.tensors[index].dtype not in ("int8", "int32"):
                     raise UnsupportedOpError(
-                        f"graph: {op.kind} in layer {graph.layer(op)!r} works on "
+                        f"model: {op.kind} in layer {graph.layer(op)!r} works on "
                         f"{graph.tensors[index].dtype}, expected int8"
                     )
 
