@@ -28,6 +28,7 @@ from textbook_code.deploy.tflite import (
     as_float,
     as_int8,
     calibration,
+    check_integer,
     constant_bytes,
     convert,
     float_ops,
@@ -388,3 +389,38 @@ def test_a_checkpoint_stays_as_it_was_when_its_integer_model_fails(
     assert not (checkpoints.path(kept) / tflite.INT8_FILE).exists()
     with pytest.raises(FileNotFoundError, match="expected a checkpoint of this package: small"):
         add_to_checkpoint("none")
+
+
+def test_the_integer_model_of_the_book() -> None:
+    file = checkpoints.path("person-vit") / tflite.INT8_FILE
+    graph = read(file)
+    check_integer(graph)
+    assert file.stat().st_size <= tflite.MAX_FLASH
+    model = TinyViT.from_pretrained("person-vit").float().eval()
+    output = graph.tensors[graph.outputs[0]]
+    for source in ("emoji", "pedestrians", "faces"):
+        pictures = people.load(source, "test")
+        images = people.examination(pictures[torch.arange(20) * len(pictures) // 20]).numpy()
+        with torch.no_grad():
+            logits = model(channels_first(images)).numpy()
+        micro = TFLiteMicro(file).logits(images).astype(int)
+        low, high = ((q - output.zero_point[0]) * output.scale[0] for q in (-128, 127))
+        off = np.abs((micro - output.zero_point[0]) * output.scale[0] - logits.clip(low, high))
+        assert off.max() < 16 * output.scale[0]
+        sure = np.abs(logits) > 16 * output.scale[0]
+        assert ((micro > output.zero_point[0]) == (logits > 0))[sure].all() and sure.sum() >= 10
+
+
+@pytest.mark.slow
+def test_the_integer_model_is_made_again(tmp_path: Path) -> None:
+    kept = read(checkpoints.path("person-vit") / tflite.INT8_FILE)
+    float_path = convert(TinyViT.from_pretrained("person-vit"), tmp_path / "float.tflite")
+    made = read(quantize(float_path, tmp_path / "int8.tflite", calibration()))
+    assert made.ops == kept.ops
+    for again, before in zip(made.tensors, kept.tensors, strict=True):
+        assert (again.name, again.shape, again.dtype) == (before.name, before.shape, before.dtype)
+        assert again.scale == pytest.approx(before.scale, rel=1e-3)  # another processor sums in another order
+        assert again.zero_point == pytest.approx(before.zero_point, abs=1)
+        if before.data is not None and before.dtype == "int8":
+            assert again.data is not None
+            assert np.abs(again.data.astype(int) - before.data).max() <= 1
