@@ -335,14 +335,13 @@ EXERCISES = (
             _SOFTMAX,
             (" + total // 2", ""),
             (".clamp(max=127)", ""),
-            (
-                "q.amax(-1, keepdim=True).long() - q.long()",
-                "(q.amax(-1, keepdim=True) - q).long()",
-            ),
             ("256 * e", "255 * e"),
             ("e.sum(-1, keepdim=True)", "e.sum()"),
         ),
         check=_check_softmax,
-        hint="An int8 cannot hold a difference of 255. To round a quotient, add half the divisor first.",
+        hint=(
+            "The table is indexed by the distance to the row's largest score. "
+            "To round a quotient, add half the divisor first."
+        ),
     ),
 )
