@@ -67,7 +67,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
 def high_multiply(a: ArrayLike, b: ArrayLike) -> Integers:
     r"""The high half of twice the product, $\lfloor a b / 2^{31} \rceil$: a product of two Q0.31.
 
-    Ties go away from zero below and up above, as in gemmlowp; the one overflow, (−2³¹)², saturates.
+    Ties go up, as in gemmlowp; the one overflow, (−2³¹)², saturates.
 
     Book: integer-multiplier
     """
@@ -101,7 +101,7 @@ def multiply_by_quantized_multiplier(x: ArrayLike, mantissa: ArrayLike, shift: A
     return rounding_divide(high_multiply(shifted, mantissa), np.maximum(-e, 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rescale:
     """A factor, or one for each channel, that integers can be multiplied by.
 
@@ -470,7 +470,7 @@ def rsqrt(x: ArrayLike, rescale: Rescale, *, x_zero: int, out_zero: int) -> Byte
     return np.vectorize(lookup, otypes=[np.int8])(q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerNormInt8:
     r"""LayerNorm in one step from int8 to int8, where TensorFlow Lite makes a dozen operations of it.
 
