@@ -117,9 +117,9 @@ def net(
     header = f"""\
 /* A network that says whether there is a person in a picture. Generated from {_safe(source)}.
  *
- * {program.macs:,} multiply-accumulates; {facts["flash"]:,} bytes of constants; {arena.size:,} bytes of arena, and no
- * plan could do with fewer than {arena.bound:,}. Integers only, no library, no allocation. Not reentrant: the arena
- * is one static array.
+ * {program.macs:,} multiply-accumulates; {facts["flash"]:,} bytes of constants; {arena.size:,} bytes of arena,
+ * and no plan could do with fewer than {arena.bound:,}. Integers only, no library, no allocation. Not
+ * reentrant: the arena is one static array.
  */
 #ifndef NET_H
 #define NET_H
