@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from textbook_code.compression.integer import Rescale
 from textbook_code.deploy import compilers
 from textbook_code.deploy.c_codegen import Budget, OverBudgetError, UnsupportedOpError, emit, generate
 from textbook_code.deploy.compilers import STRICT, CNet, CompileError, CompilerMissingError, build
@@ -336,6 +337,41 @@ def test_means(axes: tuple[int, ...], tmp_path: Path) -> None:
     shape = [size for axis, size in enumerate((1, 7, 5, 4)) if axis not in axes]
     out = m.op("MEAN", [x, m.ints(*axes)], m.tensor(shape, 0.06, 9), "ReducerOptions")
     equal(m.save(tmp_path, m.pick(out, 3)), tmp_path, images(300, 8), "plain")
+
+
+def given(m: Model, values: np.ndarray, scale: float) -> int:
+    """A computed tensor that holds these bytes whatever the picture is."""
+    n = len(values)
+    w = m.tensor([n, 192], np.full(n, scale * 128), 0, np.zeros((n, 192)))
+    b = m.tensor([n], scale, 0, values, INT32)
+    out = m.tensor([1, n], scale, 0)
+    return m.op("FULLY_CONNECTED", [m.reshape(m.input, 1, 192), w, b], out, "FullyConnectedOptions")
+
+
+@pytest.mark.parametrize("kind", ["FULLY_CONNECTED", "BATCH_MATMUL"])
+def test_factors_are_products_in_double_precision(kind: str, tmp_path: Path) -> None:
+    """A product of scales rounded to a float gives another byte for these sums, and would be wrong."""
+    rng, found = np.random.default_rng(0), 0
+    while found < 3:
+        s, t = (float(np.float32(rng.uniform(*ends))) for ends in ((0.005, 0.03), (0.001, 0.01)))
+        out = float(np.float32(s * t * rng.uniform(500, 4000)))
+        sums = np.arange(190 * 100 * 100)
+        rounded = Rescale.of(float(np.float32(s) * np.float32(t)) / out)(sums)
+        differ = sums[(rounded != Rescale.of(s * t / out)(sums)) & (rounded < 120)]
+        if not len(differ):
+            continue
+        hundreds, ones = divmod(int(differ[0]), 100)
+        a = np.array([*([100] * (hundreds // 100)), hundreds % 100, ones])
+        b = np.array([100] * (len(a) - 1) + [1])
+        m, n = Model(), len(a)
+        if kind == "FULLY_CONNECTED":
+            weight = m.tensor([1, n], t, 0, b)
+            y = m.op(kind, [given(m, a, s), weight, -1], m.tensor([1, 1], out, 0), "FullyConnectedOptions")
+        else:
+            pair = [m.reshape(given(m, a, s), 1, 1, n), m.reshape(given(m, b, t), 1, n, 1)]
+            y = m.reshape(m.op(kind, pair, m.tensor([1, 1, 1], out, 0), "BatchMatMulOptions"), 1, 1)
+        equal(m.save(tmp_path, y), tmp_path, images(2, 8), "plain")
+        found += 1
 
 
 def test_windows_that_overlap(tmp_path: Path) -> None:

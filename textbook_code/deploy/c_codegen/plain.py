@@ -6,8 +6,6 @@ Book: deploy-c-kernels
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from textbook_code.compression.integer import Rescale, softmax_table
 from textbook_code.deploy.c_codegen.program import (
     Linear,
@@ -190,8 +188,7 @@ class Plain:
         batch = out.size // (rows * columns)
         if a.size != batch * rows * inner or b.size != batch * inner * columns:
             raise self.refuse(op, f"expected equal batches, got {a.shape} by {b.shape}")
-        real = float(np.float32(scale(a)) * np.float32(scale(b))) / scale(out)
-        multiplier, shift = factor(real)
+        multiplier, shift = factor(scale(a) * scale(b) / scale(out))
         lines = [
             f".batch = {batch}, .rows = {rows}, .inner = {inner}, .columns = {columns},",
             f".transposed = {int(transposed)},",

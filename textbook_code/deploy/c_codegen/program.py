@@ -194,11 +194,8 @@ def linear(graph: Graph, op: Op) -> Linear:
     if bias is not None and (bias.data is None or bias.dtype != "int32"):
         raise UnsupportedOpError(f"{where}: expected a constant int32 bias")
     w = weight.data.reshape(weight.shape[0], -1)
-    if len(weight.scale) > 1:
-        real = scale(x) * np.array(weight.scale, np.float64) / scale(out)
-    else:  # the reference rounds this product to a float, and only this one
-        product = float(np.float32(scale(x)) * np.float32(scale(weight)))
-        real = np.full(len(w), product / scale(out))
+    scales = np.array(weight.scale, np.float64)
+    real = np.broadcast_to(scale(x) * scales / scale(out), len(w))
     rescale = Rescale.of(real)
     folded = fold_zero(w, None if bias is None else bias.data, zero(x)) + np.zeros(len(w), np.int64)
     worst = np.abs(folded) + 128 * np.abs(w.astype(np.int64)).sum(1)
