@@ -308,14 +308,14 @@ def test_a_number_for_each_row_is_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "scale", "zero"), [
     ("RSQRT", 0.001, -128), ("RSQRT", 0.01, -128), ("HARD_SWISH", 0.05, -20), ("HARD_SWISH", 0.08, 3),
-    ("HARD_SWISH", 0.011, 100),
+    ("HARD_SWISH", 0.011, 100), ("QUANTIZE", 0.03, 4), ("QUANTIZE", 0.08, -60),
 ])  # fmt: skip
 def test_tables(kind: str, scale: float, zero: int, tmp_path: Path) -> None:
     m, rng = Model(), np.random.default_rng(1)
     x = m.dense(m.reshape(m.input, 1, 32, 6), 8, rng, scale=scale, zero=zero)
     if kind == "RSQRT":  # from zero up only
         m.ops[-1].builtinOptions.fusedActivationFunction = 1
-    out = m.tensor([1, 32, 8], scale * 0.9 if kind == "HARD_SWISH" else 0.08, zero)
+    out = m.tensor([1, 32, 8], {"HARD_SWISH": scale * 0.9, "QUANTIZE": 0.05}.get(kind, 0.08), zero)
     m.op(kind, [x], out)
     seen = equal(m.save(tmp_path, m.pick(out, 5)), tmp_path, images(600, 8), "plain")
     assert len(np.unique(seen)) > 15
