@@ -286,7 +286,7 @@ def pair(kind: str, m: Model, rng: np.random.Generator) -> int:
 
 
 @pytest.mark.parametrize("kind", ["ADD", "SUB", "MUL", "SQUARED_DIFFERENCE"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_pairs(kind: str, seed: int, tmp_path: Path) -> None:
     m = Model()
     out = pair(kind, m, np.random.default_rng(seed))
@@ -355,7 +355,7 @@ def test_factors_are_products_in_double_precision(kind: str, tmp_path: Path) -> 
     while found < 3:
         s, t = (float(np.float32(rng.uniform(*ends))) for ends in ((0.005, 0.03), (0.001, 0.01)))
         out = float(np.float32(s * t * rng.uniform(500, 4000)))
-        sums = np.arange(190 * 100 * 100)
+        sums = np.arange(60 * 100 * 100)
         rounded = Rescale.of(float(np.float32(s) * np.float32(t)) / out)(sums)
         differ = sums[(rounded != Rescale.of(s * t / out)(sums)) & (rounded < 120)]
         if not len(differ):
@@ -418,7 +418,7 @@ def test_a_wrong_kernel_shows(
     wanted = reference(path, pictures)
     monkeypatch.setattr(emit, "KERNELS", kernels)
     got = CNet(path, "plain" if name == "kernels.c" else "fast", folder=tmp_path,
-               flags=["-O1", "-Wno-error"]).logits(pictures)  # fmt: skip
+               flags=["-O0", "-Wno-error"]).logits(pictures)  # fmt: skip
     assert (got != wanted).any()
 
 
