@@ -44,7 +44,7 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def program(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     needs_zig()
-    return arm.Program(model, tmp_path_factory.mktemp("arm"), kernels="fast").path
+    return arm.build(model, tmp_path_factory.mktemp("arm") / "person", kernels="fast")
 
 
 @pytest.mark.slow  # the first time, zig builds a C library for the target

@@ -159,31 +159,6 @@ def run(program: str | Path, images: np.ndarray, *, timeout: float = 600.0) -> n
     return np.array([int(word) for word in said], np.int8)
 
 
-class Program:
-    """An int8 model as a static 64-bit Arm program.
-
-    Args:
-        tflite_path: the model.
-        folder: where the program `person` is written.
-        kernels: "plain" or "fast".
-
-    Raises:
-        CompilerMissingError, CompileError, GraphError, UnsupportedOpError: as of `build`.
-
-    Book: deploy-arm
-    """
-
-    def __init__(self, tflite_path: str | Path, folder: str | Path, *, kernels: str = "plain") -> None:
-        self.path = build(tflite_path, Path(folder) / "person", kernels=kernels)
-
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (n, 32, 32, 3) to int8 (n,); errors as of `run`.
-
-        Book: deploy-arm
-        """
-        return run(self.path, images)
-
-
 def setup(folder: str | Path) -> Path:
     """Put an Arm Python 3.11 with NumPy and ONNX Runtime into a folder, without being root.
 
