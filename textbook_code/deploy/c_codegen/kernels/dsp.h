@@ -1,4 +1,4 @@
-/* Five instructions that a Cortex-M4 or M7 has and C has no word for, each beside the same in C.
+/* Six instructions that a Cortex-M4 or M7 has and C has no word for, each beside the same in C.
  *
  * A pair is two signed 16-bit numbers in one word, the first in the lower half. The code in C gives the same
  * bits, so the fast kernels can be run, and compared with the plain ones, on any machine.
@@ -10,6 +10,7 @@
 
 #if defined(__GNUC__)
 typedef uint32_t __attribute__((may_alias)) net_pair_of_halves; /* a word of an arena that also holds bytes */
+typedef net_pair_of_halves net_eight_words[8];
 typedef int16_t __attribute__((may_alias)) net_half;
 typedef uint32_t __attribute__((may_alias, aligned(1))) net_four_bytes;
 #else
@@ -65,6 +66,16 @@ static inline uint32_t net_odd(uint32_t four)
     return net_pack((int8_t)(four >> 8 & 0xff), (int8_t)(four >> 24 & 0xff));
 #endif
 }
+
+/* words 2 i and 2 i + 1 of the eight at p; i is written out as a number */
+#if NET_DSP
+#define NET_LOAD_TWO(p, i, a, b)                                       \
+    __asm__("ldrd %0, %1, [%2, %3]"                                    \
+            : "=&r"(a), "=&r"(b)                                       \
+            : "r"(p), "i"((i) * 8), "m"(*(const net_eight_words *)(p)))
+#else
+#define NET_LOAD_TWO(p, i, a, b) ((a) = (p)[2 * (i)], (b) = (p)[2 * (i) + 1])
+#endif
 
 /* two products at once: sum + first * first + second * second */
 static inline int32_t net_dual(uint32_t a, uint32_t b, int32_t sum)
