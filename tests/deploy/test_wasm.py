@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -79,9 +80,9 @@ def test_facts_are_those_of_the_graph(model: Path, module: wasm.Module) -> None:
     out = net.tensors[net.outputs[0]]
     assert module.scale == float(np.float32(out.scale[0]))  # the fraction is exact
     assert module.zero_point == out.zero_point[0]
-    known = wasm.facts(net)
-    assert known.numerator / 2**known.shift == module.scale
-    assert module.num_patches == known.num_patches
+    assert module.num_patches == next(
+        net.tensors[op.outputs[0]].shape[-1] for op in reversed(net.ops) if op.kind == "SOFTMAX"
+    )
 
 
 def test_attention_is_shared_out(module: wasm.Module) -> None:
@@ -179,15 +180,21 @@ def test_what_is_missing_is_named(
         wasm.Module(built)
 
 
-def test_a_model_without_what_is_shown(model: Path) -> None:
-    net = graph.read(model)
-    without = graph.Graph(
-        net.inputs, net.outputs, net.tensors, tuple(op for op in net.ops if op.kind != "SOFTMAX")
-    )
-    with pytest.raises(wasm.WasmError, match="no SOFTMAX"):
-        wasm.facts(without)
-    unscaled = graph.Graph(
-        net.inputs, (len(net.tensors),), (*net.tensors, graph.Tensor(0, "y", (), "int8")), net.ops
-    )
-    with pytest.raises(wasm.WasmError, match="positive scale"):
-        wasm.facts(unscaled)
+def test_a_model_of_another_kind(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = wasm.generate
+    for change, says in (
+        ({"input_shape": (48, 48, 3)}, r"expected an input of \(32, 32, 3\), got \(48, 48, 3\)"),
+        ({"num_patches": 0}, "no SOFTMAX"),
+        ({"output_scale": 0.0}, "expected a positive number"),
+    ):
+        monkeypatch.setattr(
+            wasm, "generate", lambda *a, c=change, **k: dataclasses.replace(real(*a, **k), **c)
+        )
+        with pytest.raises(wasm.WasmError, match=says):
+            wasm.build(model, tmp_path / "person.wasm")
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 3e-5, 1e-9, 12345.678])
+def test_every_scale_is_a_fraction(scale: float) -> None:
+    numerator, shift = wasm.fraction(scale)
+    assert numerator / 2**shift == float(np.float32(scale))
