@@ -1,0 +1,677 @@
+"""One model in many runtimes, the same pictures through all of them, and one table of what they say.
+
+In this file: `Model`, which is a checkpoint or a .tflite file and makes the other formats of it when they are
+asked for; `RUNTIMES`, each with a function that opens the model in it; and `compare`, which runs them and
+counts where they differ. Every integer runtime computes the same function, so the right difference is none;
+the float ones show what quantisation changed.
+
+A runtime whose tools are missing is a row that says which, and never an error.
+
+Book: deploy-runtimes
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from textbook_code.models.vision.tiny_vit import TinyViT
+
+INT8_FILE = "model_int8.tflite"
+"""The integer model in a checkpoint's folder."""
+_WEIGHTS = "model.safetensors"
+_BATCH = 32
+
+
+class ModelError(ValueError):
+    """A name that leads to no model, or a model that lacks what a runtime needs.
+
+    Book: deploy-runtimes
+    """
+
+
+# ---------------------------------------------------------------- the model
+
+
+class Model:
+    """A model by its name, its folder, or its integer file; other formats are made when first asked for.
+
+    Args:
+        source: a checkpoint of the package ("person-vit"), a folder for `TinyViT.from_pretrained` with or
+            without a `model_int8.tflite`, or a .tflite file, which then has no float model beside it.
+        calibration: pictures, uint8 (n, 32, 32, 3), for the ranges of what is quantised anew; by default
+            the named training pictures of `deploy.tflite.calibration`.
+
+    Raises:
+        ModelError: there is no such checkpoint, folder or file, or it is empty.
+
+    Book: deploy-runtimes
+    """
+
+    def __init__(self, source: str | Path, *, calibration: np.ndarray | None = None) -> None:
+        path = _locate(source)
+        self.name = str(source)
+        self.folder = path if path.is_dir() else None
+        self._int8 = path if path.is_file() else path / INT8_FILE
+        self._calibration = calibration
+        self._work = tempfile.TemporaryDirectory(prefix="textbook-code-")  # goes with this object
+
+    @property
+    def work(self) -> Path:
+        """A folder for what is made of the model; it goes when the model goes.
+
+        Book: deploy-runtimes
+        """
+        return Path(self._work.name)
+
+    @cached_property
+    def torch(self) -> TinyViT:
+        """The float model, folded: what all the other formats are made of.
+
+        Raises: ModelError when there is only an integer file.
+
+        Book: deploy-runtimes
+        """
+        from textbook_code.models.vision.tiny_vit import TinyViT, fold
+
+        if self.folder is None or not (self.folder / _WEIGHTS).is_file():
+            raise ModelError(f"{self.name}: holds no float model, expected a folder with {_WEIGHTS}")
+        model = TinyViT.from_pretrained(str(self.folder)).float().eval()
+        return fold(model)
+
+    @cached_property
+    def calibration(self) -> np.ndarray:
+        """The pictures from which ranges are measured, uint8 (n, 32, 32, 3).
+
+        Book: deploy-runtimes
+        """
+        if self._calibration is not None:
+            return self._calibration
+        from textbook_code.deploy import tflite
+
+        return tflite.calibration()
+
+    @cached_property
+    def int8(self) -> Path:
+        """The integer model: the file that came with it, or one made now.
+
+        Book: deploy-runtimes
+        """
+        if self._int8.is_file():
+            return self._int8
+        from textbook_code.deploy import tflite
+
+        path = self.work / INT8_FILE
+        tflite.quantize(self.tflite, path, self.calibration)
+        return path
+
+    @cached_property
+    def tflite(self) -> Path:
+        """The float model as a .tflite file.
+
+        Book: deploy-runtimes
+        """
+        from textbook_code.deploy import tflite
+
+        path = self.work / "model.tflite"
+        tflite.convert(self.torch, path)
+        return path
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The float model as an .onnx file.
+
+        Book: deploy-runtimes
+        """
+        from textbook_code.deploy import onnx
+
+        path = self.work / "model.onnx"
+        onnx.export(self.torch, path)
+        return path
+
+    @cached_property
+    def onnx_int8(self) -> Path:
+        """The .onnx file with its matrices in int8; some operations stay in float.
+
+        Book: deploy-runtimes
+        """
+        from textbook_code.deploy import onnx
+
+        path = self.work / "model_int8.onnx"
+        onnx.quantize(self.onnx, path, self.calibration)
+        return path
+
+    @cached_property
+    def step(self) -> tuple[float, int]:
+        """Scale and zero point of the output: the logit is scale · (q − zero point).
+
+        Book: deploy-runtimes
+        """
+        from textbook_code.deploy import graph
+
+        read = graph.read(self.int8)
+        output = read.tensors[read.outputs[0]]
+        if output.dtype != "int8" or len(output.scale) != 1:
+            raise ModelError(f"{self.int8}: expected one int8 output, got {output.dtype}")
+        return output.scale[0], output.zero_point[0]
+
+
+def _locate(source: str | Path) -> Path:
+    from textbook_code import checkpoints
+
+    if isinstance(source, str) and source in checkpoints.names():
+        return checkpoints.path(source)
+    path = Path(source)
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise ModelError(f"model: {path} is empty, 0 bytes")
+        if path.suffix != ".tflite":
+            raise ModelError(f"model: expected a .tflite file or a folder, got {path.name}")
+        return path
+    if path.is_dir():
+        if not any((path / name).is_file() for name in (_WEIGHTS, INT8_FILE)):
+            raise ModelError(f"model: {path} holds neither {_WEIGHTS} nor {INT8_FILE}")
+        return path
+    known = ", ".join(name for name in checkpoints.names() if name.startswith("person"))
+    raise ModelError(
+        f"model: got {str(source)!r}, expected {known or 'a checkpoint'}, a folder or a .tflite file"
+    )
+
+
+# ---------------------------------------------------------------- the runtimes
+
+
+@dataclass
+class Running:
+    """A model that is open in a runtime.
+
+    Args:
+        logits: uint8 pictures (n, 32, 32, 3) → (n,): int8 steps, or float logits.
+        size: bytes of the file or program that holds the model.
+        memory: bytes for activations: an arena, or a microcontroller's static RAM.
+        instructions: of one picture, once some were run; None where nobody counts them.
+
+    Book: deploy-runtimes
+    """
+
+    logits: Callable[[np.ndarray], np.ndarray]
+    size: int | None = None
+    memory: int | None = None
+    instructions: int | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A way to run the model.
+
+    Args:
+        name: as `--runtime` takes it.
+        title: what it is.
+        numbers: "float32", "int8", or "mixed" where integer matrices stand between float operations.
+        open: opens a model in it; raises ImportError or `MissingTool` where a tool is missing.
+
+    Book: deploy-runtimes
+    """
+
+    name: str
+    title: str
+    numbers: str
+    open: Callable[[Model], Running] = field(repr=False)
+
+
+def _torch(model: Model) -> Running:
+    import torch
+
+    network = model.torch
+
+    @torch.no_grad()
+    def logits(images: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        return network((x.float() - 128) / 128).numpy()
+
+    return Running(logits, size=sum(p.numel() * p.element_size() for p in network.parameters()))
+
+
+def _onnx(model: Model) -> Running:
+    from textbook_code.deploy import onnx
+
+    return Running(onnx.OnnxRuntime(model.onnx).logits, size=model.onnx.stat().st_size)
+
+
+def _onnx_int8(model: Model) -> Running:
+    from textbook_code.deploy import onnx
+
+    return Running(onnx.OnnxRuntime(model.onnx_int8).logits, size=model.onnx_int8.stat().st_size)
+
+
+def _litert_float(model: Model) -> Running:
+    from textbook_code.deploy import tflite
+
+    return Running(tflite.LiteRT(model.tflite).logits, size=model.tflite.stat().st_size)
+
+
+def _litert(model: Model) -> Running:
+    from textbook_code.deploy import tflite
+
+    return Running(tflite.LiteRT(model.int8).logits, size=model.int8.stat().st_size)
+
+
+def _litert_reference(model: Model) -> Running:
+    from textbook_code.deploy import tflite
+
+    return Running(tflite.LiteRT(model.int8, reference=True).logits, size=model.int8.stat().st_size)
+
+
+def _tflm(model: Model) -> Running:
+    from textbook_code.deploy import tflite
+
+    micro = tflite.TFLiteMicro(model.int8)
+    return Running(micro.logits, size=model.int8.stat().st_size, memory=micro.arena_bytes)
+
+
+def _numpy(model: Model) -> Running:
+    from textbook_code.deploy import interpreter
+
+    return Running(interpreter.Interpreter(model.int8).logits, size=model.int8.stat().st_size)
+
+
+def _c(kernels: str) -> Callable[[Model], Running]:
+    def open_(model: Model) -> Running:
+        from textbook_code.deploy.compilers import CNet
+
+        net = CNet(model.int8, kernels=kernels)
+        return Running(net.logits, size=net.constant_bytes, memory=net.arena_bytes)
+
+    return open_
+
+
+def _firmware(cpu: str, board: str) -> Callable[[Model], Running]:
+    def open_(model: Model) -> Running:
+        from textbook_code.deploy import mcu
+
+        project = mcu.project(model.int8, model.work / board, board=board, kernels="fast", force=True)
+
+        def logits(images: np.ndarray) -> np.ndarray:
+            ran = mcu.run(project, images, cpu=cpu)
+            running.size, running.memory = ran.flash_bytes, ran.static_ram_bytes
+            running.instructions = ran.instructions
+            return ran.logits
+
+        running = Running(logits)
+        return running
+
+    return open_
+
+
+def _aarch64(model: Model) -> Running:
+    from textbook_code.deploy import arm
+
+    program = arm.Program(model.int8, model.work / "aarch64")
+    return Running(program.logits, size=program.path.stat().st_size)
+
+
+def _wasm(model: Model) -> Running:
+    from textbook_code.deploy import wasm
+
+    path = model.work / "person.wasm"
+    wasm.build(model.int8, path)
+    return Running(wasm.Module(path).logits, size=path.stat().st_size)
+
+
+RUNTIMES: dict[str, Runtime] = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("torch", "PyTorch", "float32", _torch),
+        Runtime("onnx", "ONNX Runtime", "float32", _onnx),
+        Runtime("onnx-int8", "ONNX Runtime, QDQ", "mixed", _onnx_int8),
+        Runtime("litert-float", "LiteRT", "float32", _litert_float),
+        Runtime("litert", "LiteRT", "int8", _litert),
+        Runtime("litert-ref", "LiteRT, reference kernels", "int8", _litert_reference),
+        Runtime("tflm", "TensorFlow Lite Micro", "int8", _tflm),
+        Runtime("numpy", "NumPy, op by op", "int8", _numpy),
+        Runtime("c", "C99, plain kernels", "int8", _c("plain")),
+        Runtime("c-fast", "C99, fast kernels", "int8", _c("fast")),
+        Runtime("cortex-m7", "Cortex-M7 in QEMU", "int8", _firmware("cortex-m7", "mps2-an500")),
+        Runtime("cortex-m4", "Cortex-M4 in QEMU", "int8", _firmware("cortex-m4", "mps2-an386")),
+        Runtime("cortex-m3", "Cortex-M3 in QEMU", "int8", _firmware("cortex-m3", "mps2-an385")),
+        Runtime("aarch64", "64-bit Arm program", "int8", _aarch64),
+        Runtime("wasm", "WebAssembly", "int8", _wasm),
+    )
+}
+"""By name, in the order of the table."""
+
+
+def find(name: str) -> Runtime:
+    """The runtime called `name`.
+
+    Raises:
+        ValueError: there is none; those there are are named.
+
+    Book: deploy-runtimes
+    """
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime: got {name!r}, expected one of {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+# ---------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one runtime said of the pictures, beside the reference.
+
+    Args:
+        runtime: its name.
+        title: what it is.
+        numbers: "float32", "int8" or "mixed".
+        pictures: how many it was given.
+        decisions: how many of them it decided as the reference did.
+        lsb: the largest difference of a logit from the reference, in steps of the integer output.
+        exact: on how many pictures the difference is zero; None where logits are no integers.
+        accuracy: balanced accuracy by source, where it saw every picture of both classes.
+        size: bytes of the file or program.
+        memory: bytes for activations.
+        instructions: of one picture.
+        missing: why it did not run; then nothing else is known.
+
+    Book: deploy-runtimes
+    """
+
+    runtime: str
+    title: str
+    numbers: str
+    pictures: int = 0
+    decisions: int | None = None
+    lsb: float | None = None
+    exact: int | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    size: int | None = None
+    memory: int | None = None
+    instructions: int | None = None
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of `compare`, and what they were measured against.
+
+    Args:
+        rows: in the order of the runtimes.
+        reference: the runtime that the others are compared with.
+        scale: of the integer output.
+        zero_point: of the integer output; above it is a person.
+        logits: of each runtime that ran, for the pictures that it was given.
+        chosen: the indices of those pictures.
+
+    Book: deploy-runtimes
+    """
+
+    rows: tuple[Row, ...]
+    reference: str
+    scale: float
+    zero_point: int
+    logits: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    chosen: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, runtime: str) -> Row:
+        for row in self.rows:
+            if row.runtime == runtime:
+                return row
+        raise KeyError(f"{runtime!r} is not in the table, only {', '.join(r.runtime for r in self.rows)}")
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The runtimes that did not run, and why.
+
+        Book: deploy-runtimes
+        """
+        return {row.runtime: row.missing for row in self.rows if row.missing}
+
+    def plain(self) -> list[dict[str, str]]:
+        """The table as text: a dictionary a row, with one set of keys in the order of the columns.
+
+        Book: deploy-runtimes
+        """
+        sources = list(dict.fromkeys(name for row in self.rows for name in row.accuracy))
+        return [_as_text(row, sources) for row in self.rows]
+
+    def __str__(self) -> str:
+        lines = self.plain()
+        if not lines:
+            return "no runtimes"
+        heads = [head for head in lines[0] if head != "missing"]
+        heads = [head for head in heads if any(line[head] for line in lines)]
+        widths = {head: max(len(head), *(len(line[head]) for line in lines)) for head in heads}
+        out = ["  ".join(head.ljust(widths[head]) for head in heads).rstrip()]
+        for line in lines:
+            cells = [line[h].ljust(widths[h]) if h == heads[0] else line[h].rjust(widths[h]) for h in heads]
+            out.append(f"{cells[0]}  – {line['missing']}" if line["missing"] else "  ".join(cells).rstrip())
+        return "\n".join(out)
+
+    def __rich__(self) -> RichTable:
+        from rich.table import Table as RichTable
+
+        lines = self.plain()
+        heads = [head for head in lines[0] if any(line[head] for line in lines) and head != "missing"]
+        table = RichTable(box=None, header_style="bold", pad_edge=False)
+        for head in heads:
+            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
+        absent = []
+        for line in lines:
+            if line["missing"]:
+                absent.append(f"{line['runtime']}: {line['missing']}")
+            else:
+                table.add_row(*(line[head] for head in heads))
+        if absent:
+            table.caption = "Not run: " + "; ".join(absent)
+            table.caption_justify = "left"
+        return table
+
+
+def _as_text(row: Row, sources: list[str]) -> dict[str, str]:
+    def number(value: int | None) -> str:
+        return "" if value is None else f"{value:,}"
+
+    steps = "" if row.lsb is None else f"{row.lsb:.0f}" if row.exact is not None else f"{row.lsb:.2f}"
+    cells = {
+        "runtime": row.runtime,
+        "numbers": row.numbers,
+        "pictures": number(row.pictures),
+        "decisions equal": number(row.decisions),
+        "bits equal": number(row.exact),
+        "largest LSB": steps,
+    }
+    for name in sources:
+        cells[name] = f"{100 * row.accuracy[name]:.1f} %" if name in row.accuracy else ""
+    return cells | {
+        "bytes": number(row.size),
+        "memory": number(row.memory),
+        "instructions": number(row.instructions),
+        "missing": row.missing or "",
+    }
+
+
+# ---------------------------------------------------------------- running them
+
+
+def compare(
+    model: Model | str | Path,
+    images: np.ndarray,
+    labels: np.ndarray | None = None,
+    *,
+    sources: Sequence[str] | None = None,
+    runtimes: Sequence[str] | None = None,
+    reference: str = "c",
+    limits: Mapping[str, int] | None = None,
+    progress: bool = False,
+) -> Table:
+    """Run the same pictures through every runtime and count where their logits and decisions differ.
+
+    Args:
+        model: see `Model`.
+        images: uint8, (n, 32, 32, 3).
+        labels: bool, (n,): whether a person is in it; without them there are no accuracies.
+        sources: where each picture is from, n names; accuracies are reported for each, never pooled.
+        runtimes: by name; all of them by default.
+        reference: the integer runtime that the others are compared with. Where it is missing, the next
+            integer runtime that is there takes its place; the table names it.
+        limits: the most pictures that a slow runtime is given, evenly spread over all of them.
+        progress: show bars on standard error.
+
+    Returns:
+        One row for each runtime, missing ones included.
+
+    Raises:
+        TypeError: the images are not bytes.
+        ValueError: shapes that do not fit, an unknown runtime, or a reference that is not of integers.
+        ModelError: there is no such model.
+
+    Book: deploy-runtimes
+    """
+    images, labels, sources = _checked(images, labels, sources)
+    names = list(dict.fromkeys(runtimes if runtimes is not None else RUNTIMES))
+    wanted = [find(name) for name in names]
+    if find(reference).numbers != "int8":
+        raise ValueError(f"reference: expected a runtime of int8, got {reference!r}")
+    model = model if isinstance(model, Model) else Model(model)
+    scale, zero_point = model.step
+    logits: dict[str, np.ndarray] = {}
+    chosen: dict[str, np.ndarray] = {}
+    opened: dict[str, Running | str] = {}
+    # the reference first; it runs even where it is not among the wanted
+    order = sorted({*names, reference}, key=lambda name: (name != reference, list(RUNTIMES).index(name)))
+    with _bars(progress) as begin:
+        for name in order:
+            at = _spread(len(images), (limits or {}).get(name))
+            opened[name], said = _try(find(name), model, images[at], begin)
+            if said is not None:
+                logits[name], chosen[name] = said, at
+    whole = [name for name in order if name in logits and find(name).numbers == "int8"]
+    used = reference if reference in logits else next(iter(whole), reference)
+    rows = tuple(
+        _row(runtime, opened[runtime.name], logits, chosen, used, scale, zero_point, labels, sources)
+        for runtime in wanted
+    )
+    return Table(rows, used, scale, zero_point, logits, chosen)
+
+
+def _checked(
+    images: np.ndarray, labels: np.ndarray | None, sources: Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    images = np.ascontiguousarray(images)
+    if images.dtype != np.uint8:
+        raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
+    if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or not len(images):
+        raise ValueError(f"images: expected shape (n, 32, 32, 3), got {images.shape}")
+    if labels is not None:
+        labels = np.asarray(labels, bool)
+        if labels.shape != (len(images),):
+            raise ValueError(f"labels: expected shape ({len(images)},), got {labels.shape}")
+    if sources is not None:
+        if len(sources) != len(images):
+            raise ValueError(f"sources: expected {len(images)} names, got {len(sources)}")
+        sources = np.asarray(sources)
+    return images, labels, sources
+
+
+def _spread(n: int, limit: int | None) -> np.ndarray:
+    """Indices of at most `limit` of n pictures, evenly spread."""
+    if limit is None or limit >= n:
+        return np.arange(n)
+    if limit < 1:
+        raise ValueError(f"limits: expected at least one picture, got {limit}")
+    return np.arange(limit) * n // limit
+
+
+def _try(
+    runtime: Runtime, model: Model, images: np.ndarray, begin: Callable[[str, int], Callable[[int], None]]
+) -> tuple[Running | str, np.ndarray | None]:
+    """Open a runtime and run it; where a tool is missing, what it says."""
+    from textbook_code.deploy.compilers import MissingTool
+
+    advance = begin(runtime.title, len(images))
+    try:
+        running = runtime.open(model)
+        parts = []
+        for start in range(0, len(images), _BATCH):
+            parts.append(np.asarray(running.logits(images[start : start + _BATCH])))
+            advance(len(parts[-1]))
+    except (ImportError, MissingTool, ModelError) as error:
+        return str(error).splitlines()[0], None
+    return running, np.concatenate(parts)
+
+
+def _row(
+    runtime: Runtime,
+    running: Running | str,
+    logits: Mapping[str, np.ndarray],
+    chosen: Mapping[str, np.ndarray],
+    reference: str,
+    scale: float,
+    zero_point: int,
+    labels: np.ndarray | None,
+    sources: np.ndarray | None,
+) -> Row:
+    if isinstance(running, str):
+        return Row(runtime.name, runtime.title, runtime.numbers, missing=running)
+    mine, at = logits[runtime.name], chosen[runtime.name]
+    integers = np.issubdtype(mine.dtype, np.integer)
+    steps = mine.astype(np.int64) - zero_point if integers else mine.astype(np.float64) / scale
+    said = steps > 0
+    decisions = lsb = exact = None
+    if reference in logits:
+        common, here, there = np.intersect1d(at, chosen[reference], return_indices=True)
+        theirs = logits[reference][there].astype(np.int64) - zero_point
+        apart = np.abs(steps[here] - theirs)
+        decisions, lsb = int((said[here] == (theirs > 0)).sum()), float(apart.max())
+        exact = int((apart == 0).sum()) if integers else None
+        at, said = common, said[here]
+    accuracy = {}
+    if labels is not None:
+        groups = np.full(len(labels), "all") if sources is None else sources
+        for name in dict.fromkeys(groups.tolist()):
+            if np.isin(np.flatnonzero(groups == name), at).all():
+                inside = groups[at] == name
+                if (value := _balanced(said[inside], labels[at][inside])) is not None:
+                    accuracy[name] = value
+    return Row(
+        runtime.name, runtime.title, runtime.numbers, len(at), decisions, lsb, exact, accuracy,
+        running.size, running.memory, running.instructions,
+    )  # fmt: skip
+
+
+def _balanced(said: np.ndarray, labels: np.ndarray) -> float | None:
+    """The mean of the shares of people and of others that were seen as such."""
+    if not labels.any() or labels.all():
+        return None
+    return float((said[labels].mean() + (~said[~labels]).mean()) / 2)
+
+
+@contextmanager
+def _bars(show: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """Gives what starts a runtime's bar and returns what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: Any = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    with bars if show else nullcontext():
+
+        def begin(title: str, total: int) -> Callable[[int], None]:
+            if not show:
+                return lambda done: None
+            task = bars.add_task(title, total=total)
+            return lambda done: bars.update(task, advance=done)
+
+        yield begin
