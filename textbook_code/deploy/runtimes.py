@@ -218,7 +218,7 @@ class Runtime:
         name: as `--runtime` takes it.
         title: what it is.
         numbers: "float32", "int8", or "mixed" where integer matrices stand between float operations.
-        open: opens a model in it; raises ImportError or `MissingTool` where a tool is missing.
+        open: opens a model in it; raises ImportError or `CompilerMissingError` where a tool is missing.
 
     Book: deploy-runtimes
     """
@@ -280,9 +280,9 @@ def _tflm(model: Model) -> Running:
 
 
 def _numpy(model: Model) -> Running:
-    from textbook_code.deploy import interpreter
+    from textbook_code.deploy import graph, interpreter
 
-    return Running(interpreter.Interpreter(model.int8).logits, size=model.int8.stat().st_size)
+    return Running(interpreter.Interpreter(graph.read(model.int8)).logits, size=model.int8.stat().st_size)
 
 
 def _c(kernels: str) -> Callable[[Model], Running]:
@@ -323,9 +323,8 @@ def _aarch64(model: Model) -> Running:
 def _wasm(model: Model) -> Running:
     from textbook_code.deploy import wasm
 
-    path = model.work / "person.wasm"
-    wasm.build(model.int8, path)
-    return Running(wasm.Module(path).logits, size=path.stat().st_size)
+    module = wasm.Module(wasm.build(model.int8, model.work / "person.wasm"))
+    return Running(module.logits, size=module.size, memory=module.memory_bytes)
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -362,6 +361,49 @@ def find(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise ValueError(f"runtime: got {name!r}, expected one of {', '.join(RUNTIMES)}")
     return RUNTIMES[name]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a runtime says of one picture.
+
+    Args:
+        person: the verdict.
+        logit: above 0 is a person.
+        steps: the logit in steps of the integer output, from an integer runtime.
+
+    Book: deploy-runtimes
+    """
+
+    person: bool
+    logit: float
+    steps: int | None
+
+
+def decide(model: Model | str | Path, images: np.ndarray, runtime: str = "c") -> list[Decision]:
+    """Ask one runtime about each picture.
+
+    Args:
+        model: see `Model`.
+        images: uint8, (n, 32, 32, 3).
+        runtime: by name.
+
+    Raises:
+        ValueError: an unknown runtime, or another shape.
+        TypeError: the images are not bytes.
+        ModelError: there is no such model, or it is not in the form that the runtime needs.
+        ImportError, CompilerMissingError: a tool is missing.
+
+    Book: deploy-runtimes
+    """
+    images, _, _ = _checked(images, None, None)
+    chosen = find(runtime)
+    model = model if isinstance(model, Model) else Model(model)
+    logits = np.asarray(chosen.open(model).logits(images))
+    if not np.issubdtype(logits.dtype, np.integer):
+        return [Decision(z > 0, z, None) for z in logits.astype(float).tolist()]
+    scale, zero_point = model.step
+    return [Decision(q > zero_point, (q - zero_point) * scale, q - zero_point) for q in logits.tolist()]
 
 
 # ---------------------------------------------------------------- the table
@@ -539,7 +581,7 @@ def compare(
 
     Book: deploy-runtimes
     """
-    images, labels, sources = _checked(images, labels, sources)
+    images, labels, groups = _checked(images, labels, sources)
     names = list(dict.fromkeys(runtimes if runtimes is not None else RUNTIMES))
     wanted = [find(name) for name in names]
     if find(reference).numbers != "int8":
@@ -560,7 +602,7 @@ def compare(
     whole = [name for name in order if name in logits and find(name).numbers == "int8"]
     used = reference if reference in logits else next(iter(whole), reference)
     rows = tuple(
-        _row(runtime, opened[runtime.name], logits, chosen, used, scale, zero_point, labels, sources)
+        _row(runtime, opened[runtime.name], logits, chosen, used, scale, zero_point, labels, groups)
         for runtime in wanted
     )
     return Table(rows, used, scale, zero_point, logits, chosen)
@@ -568,7 +610,7 @@ def compare(
 
 def _checked(
     images: np.ndarray, labels: np.ndarray | None, sources: Sequence[str] | None
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     images = np.ascontiguousarray(images)
     if images.dtype != np.uint8:
         raise TypeError(f"images: expected dtype uint8, got {images.dtype}")
@@ -578,11 +620,10 @@ def _checked(
         labels = np.asarray(labels, bool)
         if labels.shape != (len(images),):
             raise ValueError(f"labels: expected shape ({len(images)},), got {labels.shape}")
-    if sources is not None:
-        if len(sources) != len(images):
-            raise ValueError(f"sources: expected {len(images)} names, got {len(sources)}")
-        sources = np.asarray(sources)
-    return images, labels, sources
+    groups = np.full(len(images), "all") if sources is None else np.asarray(sources)
+    if groups.shape != (len(images),):
+        raise ValueError(f"sources: expected {len(images)} names, got an array of shape {groups.shape}")
+    return images, labels, groups
 
 
 def _spread(n: int, limit: int | None) -> np.ndarray:
@@ -598,7 +639,7 @@ def _try(
     runtime: Runtime, model: Model, images: np.ndarray, begin: Callable[[str, int], Callable[[int], None]]
 ) -> tuple[Running | str, np.ndarray | None]:
     """Open a runtime and run it; where a tool is missing, what it says."""
-    from textbook_code.deploy.compilers import MissingTool
+    from textbook_code.deploy.compilers import CompilerMissingError
 
     advance = begin(runtime.title, len(images))
     try:
@@ -607,7 +648,7 @@ def _try(
         for start in range(0, len(images), _BATCH):
             parts.append(np.asarray(running.logits(images[start : start + _BATCH])))
             advance(len(parts[-1]))
-    except (ImportError, MissingTool, ModelError) as error:
+    except (ImportError, CompilerMissingError, ModelError) as error:
         return str(error).splitlines()[0], None
     return running, np.concatenate(parts)
 
@@ -621,7 +662,7 @@ def _row(
     scale: float,
     zero_point: int,
     labels: np.ndarray | None,
-    sources: np.ndarray | None,
+    groups: np.ndarray,
 ) -> Row:
     if isinstance(running, str):
         return Row(runtime.name, runtime.title, runtime.numbers, missing=running)
@@ -639,7 +680,6 @@ def _row(
         at, said = common, said[here]
     accuracy = {}
     if labels is not None:
-        groups = np.full(len(labels), "all") if sources is None else sources
         for name in dict.fromkeys(groups.tolist()):
             if np.isin(np.flatnonzero(groups == name), at).all():
                 inside = groups[at] == name
