@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from rich.console import RenderableType
 
     from textbook_code.models.vision.tiny_vit import TinyViT
 
@@ -276,7 +276,7 @@ def _tflm(model: Model) -> Running:
     from textbook_code.deploy import tflite
 
     micro = tflite.TFLiteMicro(model.int8)
-    return Running(micro.logits, size=model.int8.stat().st_size, memory=micro.arena_bytes)
+    return Running(micro.logits, size=model.int8.stat().st_size)
 
 
 def _numpy(model: Model) -> Running:
@@ -483,6 +483,10 @@ class Table:
     def plain(self) -> list[dict[str, str]]:
         """The table as text: a dictionary a row, with one set of keys in the order of the columns.
 
+        `verdicts` and `bits` count the pictures on which the decision, and the logit to the last bit, are
+        those of the reference; `LSB` is the largest difference of a logit in steps; then come balanced
+        accuracies by source, and what the model costs.
+
         Book: deploy-runtimes
         """
         sources = list(dict.fromkeys(name for row in self.rows for name in row.accuracy))
@@ -490,35 +494,49 @@ class Table:
 
     def __str__(self) -> str:
         lines = self.plain()
-        if not lines:
-            return "no runtimes"
-        heads = [head for head in lines[0] if head != "missing"]
-        heads = [head for head in heads if any(line[head] for line in lines)]
-        widths = {head: max(len(head), *(len(line[head]) for line in lines)) for head in heads}
-        out = ["  ".join(head.ljust(widths[head]) for head in heads).rstrip()]
-        for line in lines:
-            cells = [line[h].ljust(widths[h]) if h == heads[0] else line[h].rjust(widths[h]) for h in heads]
-            out.append(f"{cells[0]}  – {line['missing']}" if line["missing"] else "  ".join(cells).rstrip())
+        heads = self._heads(lines)
+        widths = [max(len(head), *(len(line[head]) for line in lines)) for head in heads]
+        out = []
+        for line in ({head: head for head in heads} | {"missing": ""}, *lines):
+            name, *cells = (line[head] for head in heads)
+            rest = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            said = f"not run: {line['missing']}" if line["missing"] else rest
+            out.append(f"{name:{widths[0]}}  {said}")
         return "\n".join(out)
 
-    def __rich__(self) -> RichTable:
-        from rich.table import Table as RichTable
+    def __rich__(self) -> RenderableType:
+        """In two parts, since all columns are more than a terminal is wide."""
+        from rich.console import Group
+        from rich.text import Text
 
         lines = self.plain()
-        heads = [head for head in lines[0] if any(line[head] for line in lines) and head != "missing"]
-        table = RichTable(box=None, header_style="bold", pad_edge=False)
-        for head in heads:
-            table.add_column(head, justify="left" if head == heads[0] else "right", no_wrap=True)
-        absent = []
-        for line in lines:
-            if line["missing"]:
-                absent.append(f"{line['runtime']}: {line['missing']}")
-            else:
-                table.add_row(*(line[head] for head in heads))
-        if absent:
-            table.caption = "Not run: " + "; ".join(absent)
-            table.caption_justify = "left"
-        return table
+        heads = self._heads(lines)
+        scores = [head for head in heads if any(head in row.accuracy for row in self.rows)]
+        ran = [line for line in lines if not line["missing"]]
+        parts: list[RenderableType] = [_part(ran, [head for head in heads if head not in scores])]
+        if scores:
+            parts += [Text("\nBalanced accuracy"), _part(ran, [heads[0], *scores])]
+        parts += [Text(f"{name}: not run: {why}") for name, why in self.missing.items()]
+        return Group(*parts)
+
+    @staticmethod
+    def _heads(lines: list[dict[str, str]]) -> list[str]:
+        """The columns in which anything stands."""
+        return [h for h in lines[0] if h != "missing" and any(line[h] for line in lines)]
+
+
+def _part(lines: list[dict[str, str]], heads: list[str]) -> RenderableType:
+    """Some columns; a head may be broken, a figure is not."""
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for head in heads:
+        width = max((len(line[head]) for line in lines), default=0)
+        side: Any = "left" if head == heads[0] else "right"
+        table.add_column(head, justify=side, min_width=width, overflow="fold")
+    for line in lines:
+        table.add_row(*(line[head] for head in heads))
+    return table
 
 
 def _as_text(row: Row, sources: list[str]) -> dict[str, str]:
@@ -529,10 +547,10 @@ def _as_text(row: Row, sources: list[str]) -> dict[str, str]:
     cells = {
         "runtime": row.runtime,
         "numbers": row.numbers,
-        "pictures": number(row.pictures),
-        "decisions equal": number(row.decisions),
-        "bits equal": number(row.exact),
-        "largest LSB": steps,
+        "pictures": number(row.pictures or None),
+        "verdicts": number(row.decisions),
+        "bits": number(row.exact),
+        "LSB": steps,
     }
     for name in sources:
         cells[name] = f"{100 * row.accuracy[name]:.1f} %" if name in row.accuracy else ""
@@ -586,6 +604,8 @@ def compare(
     wanted = [find(name) for name in names]
     if find(reference).numbers != "int8":
         raise ValueError(f"reference: expected a runtime of int8, got {reference!r}")
+    if not wanted:
+        raise ValueError("runtimes: expected at least one")
     model = model if isinstance(model, Model) else Model(model)
     scale, zero_point = model.step
     logits: dict[str, np.ndarray] = {}
@@ -638,7 +658,7 @@ def _spread(n: int, limit: int | None) -> np.ndarray:
 def _try(
     runtime: Runtime, model: Model, images: np.ndarray, begin: Callable[[str, int], Callable[[int], None]]
 ) -> tuple[Running | str, np.ndarray | None]:
-    """Open a runtime and run it; where a tool is missing, what it says."""
+    """Open a runtime and run it; where a tool is missing or the model is refused, what it says."""
     from textbook_code.deploy.compilers import CompilerMissingError
 
     advance = begin(runtime.title, len(images))
@@ -648,8 +668,8 @@ def _try(
         for start in range(0, len(images), _BATCH):
             parts.append(np.asarray(running.logits(images[start : start + _BATCH])))
             advance(len(parts[-1]))
-    except (ImportError, CompilerMissingError, ModelError) as error:
-        return str(error).splitlines()[0], None
+    except (ImportError, CompilerMissingError, ValueError) as error:  # or the model is none for it
+        return (str(error) or type(error).__name__).splitlines()[0], None
     return running, np.concatenate(parts)
 
 
