@@ -611,6 +611,138 @@ _ALL = (
             "One file is Latin-1; the others are UTF-8.",
         ),
     ),
+    *(
+        Source(
+            name=f"emoji-{font}",
+            title=f"Emoji as pictures: {maker}",
+            what=(
+                "Emoji 16.0 drawn 64 × 64 with a transparent ground, 3,786 pictures with all skin tones, "
+                f"in {maker}'s hand; and a list that says of each what it shows and which group it is in."
+            ),
+            routes=(
+                Route(
+                    registry="npm",
+                    package=f"emoji-datasource-{font}",
+                    version="16.0.0",
+                    archive=f"emoji-datasource-{font}-16.0.0.tgz",
+                    size=archive_size,
+                    sha256=archive_sha256,
+                    root="package/",
+                ),
+            ),
+            members=(
+                Member(
+                    path="emoji.json",
+                    local="emoji.json",
+                    size=1313457,
+                    sha256="1d602e65be88772bf8cc368ce16b855d719eeddbafe128d471b80203f494d29f",
+                ),
+                Member(
+                    path=f"img/{font}/64/*.png",
+                    local="pictures",
+                    size=size,
+                    sha256=sha256,
+                    count=3786,
+                ),
+            ),
+            licence=licence,
+            terms=(
+                f"The package's own words: the pictures of {maker} are under {licence}, its code and its "
+                "list under MIT."
+            ),
+            origin=origin,
+            citation="Cal Henderson, emoji-data 16.0.0, github.com/iamcal/emoji-data.",
+            caveats=(
+                "Pictograms, not photographs: a model that has seen nothing else is lost on a face.",
+                "One concept comes in up to six skin tones, often as man, woman and person, and facing both "
+                "ways; a split that is not made by concept puts near-copies on both sides.",
+            ),
+            redistributable=True,
+        )
+        for font, maker, licence, archive_size, archive_sha256, size, sha256, origin in (
+            (
+                "google",
+                "Google Noto Color Emoji",
+                "Apache-2.0",
+                74344091,
+                "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+                13668204,
+                "dd78122f7ccca213f96c839057af27d7de80fa3b9be5b113ee16e3fc4652797a",
+                "Drawn by Google for its Noto fonts; cut into files by the package's author.",
+            ),
+            (
+                "twitter",
+                "Twemoji",
+                "CC-BY-4.0",
+                61683754,
+                "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+                10409368,
+                "630580564f60fed8a04f122cd91b1d974b9bcfdd50a13a175db97e195f30ce62",
+                "Drawn by Twitter, Inc. and other contributors and carried on at github.com/jdecked/twemoji; "
+                "cut into files by the package's author.",
+            ),
+        )
+    ),
+    Source(
+        name="scikit-image",
+        title="Photographs of scikit-image, and 200 crops of Labeled Faces in the Wild",
+        what=(
+            "Nine photographs that the library shows its filters on (an astronaut, a cameraman, a cat, a cup "
+            "of coffee, a rocket, a motorcycle, brick, grass and gravel), and an array of 100 faces and 100 "
+            "crops of the backgrounds of faces, grey, 25 × 25."
+        ),
+        routes=(
+            Route(
+                registry="pypi",
+                package="scikit-image",
+                version="0.26.0",
+                archive="scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+                size=13711217,
+                sha256="74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+                root="skimage/data/",
+            ),
+        ),
+        members=tuple(
+            Member(path=path, local=path, size=size, sha256=sha256)
+            for path, size, sha256 in (
+                (
+                    "lfw_subset.npy",
+                    1000080,
+                    "9560ec2f5edfac01973f63a8a99d00053fecd11e21877e18038fbe500f8e872c",
+                ),
+                ("astronaut.png", 791555, "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5"),
+                ("camera.png", 139512, "b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a"),
+                ("chelsea.png", 240512, "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb"),
+                ("coffee.png", 466706, "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7"),
+                ("rocket.jpg", 112525, "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c"),
+                (
+                    "motorcycle_left.png",
+                    644701,
+                    "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
+                ),
+                ("brick.png", 106634, "7966caf324f6ba843118d98f7a07746d22f6a343430add0233eca5f6eaaa8fcf"),
+                ("grass.png", 217893, "b6b6022426b38936c43a4ac09635cd78af074e90f42ffa8227ac8b7452d39f89"),
+                ("gravel.png", 194247, "c48615b451bf1e606fbd72c0aa9f8cc0f068ab7111ef7d93bb9b0f2586440c12"),
+            )
+        ),
+        licence="public domain or CC0 for the photographs, except the motorcycle; the faces are unclear",
+        terms=(
+            "As the library's own documentation states for each photograph: astronaut (NASA) and rocket "
+            "(SpaceX) in the public domain; camera, chelsea, coffee, brick, grass and gravel CC0. The "
+            "motorcycle is of the Middlebury 2014 stereo benchmark and the faces are press photographs "
+            "collected from the web; no licence is given for either."
+        ),
+        origin=(
+            "Collected by the scikit-image project, whose wheel carries them. The wheel is opened as an "
+            "archive; its code is never run. The faces are of Labeled Faces in the Wild (Huang et al., 2007)."
+        ),
+        citation="van der Walt et al. (2014), scikit-image: image processing in Python, PeerJ 2:e453.",
+        caveats=(
+            "It is fetched by each reader and run on; neither the book nor the package ships any of it.",
+            "The faces are grey, 25 × 25, and without names, so that one person may be there twice.",
+            "Nine photographs are nine photographs: crops of one are not independent.",
+        ),
+    ),
 )
 
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
