@@ -529,7 +529,7 @@ def _part(lines: list[dict[str, str]], heads: list[str]) -> RenderableType:
     """Some columns; a head may be broken, a figure is not."""
     from rich.table import Table as RichTable
 
-    table = RichTable(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table = RichTable(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for head in heads:
         width = max((len(line[head]) for line in lines), default=0)
         side: Any = "left" if head == heads[0] else "right"
