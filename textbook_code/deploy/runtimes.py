@@ -454,7 +454,6 @@ class Table:
         scale: of the integer output.
         zero_point: of the integer output; above it is a person.
         logits: of each runtime that ran, for the pictures that it was given.
-        chosen: the indices of those pictures.
 
     Book: deploy-runtimes
     """
@@ -464,7 +463,6 @@ class Table:
     scale: float
     zero_point: int
     logits: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
-    chosen: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, runtime: str) -> Row:
         for row in self.rows:
@@ -565,6 +563,44 @@ def _as_text(row: Row, sources: list[str]) -> dict[str, str]:
 # ---------------------------------------------------------------- running them
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a runtime gave.
+
+    Args:
+        logits: (m,), int8 or float.
+        at: (m,), which pictures they belong to.
+        size: see `Running`.
+        memory: see `Running`.
+        instructions: see `Running`.
+
+    Book: deploy-runtimes
+    """
+
+    logits: np.ndarray
+    at: np.ndarray
+    size: int | None = None
+    memory: int | None = None
+    instructions: int | None = None
+
+    @property
+    def integers(self) -> bool:
+        """Whether the logits are steps of the integer output.
+
+        Book: deploy-runtimes
+        """
+        return bool(np.issubdtype(self.logits.dtype, np.integer))
+
+    def steps(self, scale: float, zero_point: int) -> np.ndarray:
+        """The logits in steps from the threshold: whole from an integer runtime.
+
+        Book: deploy-runtimes
+        """
+        if self.integers:
+            return self.logits.astype(np.int64) - zero_point
+        return self.logits.astype(np.float64) / scale
+
+
 def compare(
     model: Model | str | Path,
     images: np.ndarray,
@@ -608,24 +644,90 @@ def compare(
         raise ValueError("runtimes: expected at least one")
     model = model if isinstance(model, Model) else Model(model)
     scale, zero_point = model.step
-    logits: dict[str, np.ndarray] = {}
-    chosen: dict[str, np.ndarray] = {}
-    opened: dict[str, Running | str] = {}
-    # the reference first; it runs even where it is not among the wanted
-    order = sorted({*names, reference}, key=lambda name: (name != reference, list(RUNTIMES).index(name)))
+    outcomes: dict[str, Outcome | str] = {}
+    # the reference runs even where it is not among the wanted
+    order = [name for name in RUNTIMES if name in {*names, reference}]
     with _bars(progress) as begin:
         for name in order:
             at = _spread(len(images), (limits or {}).get(name))
-            opened[name], said = _try(find(name), model, images[at], begin)
-            if said is not None:
-                logits[name], chosen[name] = said, at
-    whole = [name for name in order if name in logits and find(name).numbers == "int8"]
-    used = reference if reference in logits else next(iter(whole), reference)
-    rows = tuple(
-        _row(runtime, opened[runtime.name], logits, chosen, used, scale, zero_point, labels, groups)
-        for runtime in wanted
+            outcomes[name] = _try(find(name), model, images[at], at, begin(find(name).title, len(at)))
+    return tabulate(
+        outcomes,
+        scale=scale,
+        zero_point=zero_point,
+        labels=labels,
+        sources=groups.tolist(),
+        reference=reference,
+        rows=[runtime.name for runtime in wanted],
     )
-    return Table(rows, used, scale, zero_point, logits, chosen)
+
+
+def tabulate(
+    outcomes: Mapping[str, Outcome | str],
+    *,
+    scale: float,
+    zero_point: int,
+    labels: np.ndarray | None = None,
+    sources: Sequence[str] | None = None,
+    reference: str = "c",
+    rows: Sequence[str] | None = None,
+) -> Table:
+    """The table of what runtimes have said.
+
+    Args:
+        outcomes: by the runtime's name; a text in place of an outcome says why there is none.
+        scale: of the integer output.
+        zero_point: of the integer output.
+        labels: as in `compare`, of all pictures.
+        sources: as in `compare`.
+        reference: as in `compare`.
+        rows: which runtimes get a row, in this order; all by default.
+
+    Book: deploy-runtimes
+    """
+    ran = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Outcome)}
+    whole = [name for name in ran if find(name).numbers == "int8"]
+    used = reference if reference in ran else next(iter(whole), reference)
+    groups = None if labels is None else np.full(len(labels), "all") if sources is None else np.array(sources)
+    made = []
+    for name in rows if rows is not None else outcomes:
+        runtime, outcome = find(name), outcomes[name]
+        if isinstance(outcome, str):
+            made.append(Row(name, runtime.title, runtime.numbers, missing=outcome))
+            continue
+        steps = outcome.steps(scale, zero_point)
+        decisions = lsb = exact = None
+        if used in ran:
+            theirs = ran[used].steps(scale, zero_point)
+            _, here, there = np.intersect1d(outcome.at, ran[used].at, return_indices=True)
+            apart = np.abs(steps[here] - theirs[there])
+            decisions = int(((steps[here] > 0) == (theirs[there] > 0)).sum())
+            lsb = float(apart.max(initial=0))
+            exact = int((apart == 0).sum()) if outcome.integers else None
+        made.append(
+            Row(
+                name, runtime.title, runtime.numbers, len(outcome.at), decisions, lsb, exact,
+                _accuracies(steps > 0, outcome.at, labels, groups),
+                outcome.size, outcome.memory, outcome.instructions,
+            )
+        )  # fmt: skip
+    return Table(tuple(made), used, scale, zero_point, {name: o.logits for name, o in ran.items()})
+
+
+def _accuracies(
+    said: np.ndarray, at: np.ndarray, labels: np.ndarray | None, groups: np.ndarray | None
+) -> dict[str, float]:
+    """Balanced accuracy of each source of which all pictures were seen and both classes occur."""
+    found: dict[str, float] = {}
+    if labels is None or groups is None:
+        return found
+    for name in dict.fromkeys(groups.tolist()):
+        inside = groups[at] == name
+        truth = labels[at][inside]
+        if inside.sum() == (groups == name).sum() and truth.any() and not truth.all():
+            right = said[inside]
+            found[name] = float((right[truth].mean() + (~right[~truth]).mean()) / 2)
+    return found
 
 
 def _checked(
@@ -656,66 +758,20 @@ def _spread(n: int, limit: int | None) -> np.ndarray:
 
 
 def _try(
-    runtime: Runtime, model: Model, images: np.ndarray, begin: Callable[[str, int], Callable[[int], None]]
-) -> tuple[Running | str, np.ndarray | None]:
+    runtime: Runtime, model: Model, images: np.ndarray, at: np.ndarray, advance: Callable[[int], None]
+) -> Outcome | str:
     """Open a runtime and run it; where a tool is missing or the model is refused, what it says."""
     from textbook_code.deploy.compilers import CompilerMissingError
 
-    advance = begin(runtime.title, len(images))
     try:
         running = runtime.open(model)
         parts = []
         for start in range(0, len(images), _BATCH):
             parts.append(np.asarray(running.logits(images[start : start + _BATCH])))
             advance(len(parts[-1]))
-    except (ImportError, CompilerMissingError, ValueError) as error:  # or the model is none for it
-        return (str(error) or type(error).__name__).splitlines()[0], None
-    return running, np.concatenate(parts)
-
-
-def _row(
-    runtime: Runtime,
-    running: Running | str,
-    logits: Mapping[str, np.ndarray],
-    chosen: Mapping[str, np.ndarray],
-    reference: str,
-    scale: float,
-    zero_point: int,
-    labels: np.ndarray | None,
-    groups: np.ndarray,
-) -> Row:
-    if isinstance(running, str):
-        return Row(runtime.name, runtime.title, runtime.numbers, missing=running)
-    mine, at = logits[runtime.name], chosen[runtime.name]
-    integers = np.issubdtype(mine.dtype, np.integer)
-    steps = mine.astype(np.int64) - zero_point if integers else mine.astype(np.float64) / scale
-    said = steps > 0
-    decisions = lsb = exact = None
-    if reference in logits:
-        common, here, there = np.intersect1d(at, chosen[reference], return_indices=True)
-        theirs = logits[reference][there].astype(np.int64) - zero_point
-        apart = np.abs(steps[here] - theirs)
-        decisions, lsb = int((said[here] == (theirs > 0)).sum()), float(apart.max())
-        exact = int((apart == 0).sum()) if integers else None
-        at, said = common, said[here]
-    accuracy = {}
-    if labels is not None:
-        for name in dict.fromkeys(groups.tolist()):
-            if np.isin(np.flatnonzero(groups == name), at).all():
-                inside = groups[at] == name
-                if (value := _balanced(said[inside], labels[at][inside])) is not None:
-                    accuracy[name] = value
-    return Row(
-        runtime.name, runtime.title, runtime.numbers, len(at), decisions, lsb, exact, accuracy,
-        running.size, running.memory, running.instructions,
-    )  # fmt: skip
-
-
-def _balanced(said: np.ndarray, labels: np.ndarray) -> float | None:
-    """The mean of the shares of people and of others that were seen as such."""
-    if not labels.any() or labels.all():
-        return None
-    return float((said[labels].mean() + (~said[~labels]).mean()) / 2)
+    except (ImportError, CompilerMissingError, ValueError) as error:
+        return (str(error) or type(error).__name__).splitlines()[0]
+    return Outcome(np.concatenate(parts), at, running.size, running.memory, running.instructions)
 
 
 @contextmanager
