@@ -10,7 +10,6 @@ runtimes without a browser.
 Book: deploy-wasm
 """
 
-import subprocess
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -115,9 +114,11 @@ def build(
         `output`.
 
     Raises:
-        ImportError: `ziglang` is missing; the message names the extra.
-        WasmError: the compiler failed, with its own words, or the module is too large, with the excess.
-        ValueError: not a model, or one with an operation that cannot be generated.
+        CompilerMissingError: `ziglang` is missing; the message names the extra.
+        CompileError: the compiler refused.
+        GraphError: not a model.
+        UnsupportedOpError: an operation that cannot be generated, named with its layer.
+        WasmError: the module is too large, with the excess, or the model has no attention or no scale.
 
     Book: deploy-wasm
     """
@@ -129,24 +130,14 @@ def build(
         say("generating C")
         generate(tflite_path, folder, kernels="plain")
         made = folder / "net.wasm"
-        command = [
-            *compilers.zig(),
+        flags = (
             *FLAGS,
             f"-DSCALE_NUMERATOR={known.numerator}",
             f"-DSCALE_SHIFT={known.shift}",
             f"-DNUM_PATCHES={known.num_patches}",
-            f"-I{folder}",
-            *map(str, sorted(folder.glob("*.c"))),
-            str(_GLUE),
-            "-o",
-            str(made),
-        ]
+        )
         say("compiling for WebAssembly")
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-        if ran.returncode != 0:
-            raise WasmError(
-                f"the compiler failed on the C of {Path(tflite_path).name}:\n{ran.stderr.strip()}"
-            )
+        compilers.build(compilers.zig(), [*sorted(folder.glob("*.c")), _GLUE], made, flags)
         content = made.read_bytes()
     if len(content) > max_bytes:
         raise WasmError(

@@ -1,0 +1,138 @@
+"""What the demonstration of a person or not is made of: the module, its sample pictures, and the still.
+
+Pictures are picked by their place in the test set, never by what the network says of them, so that its errors
+are among them as often as elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from textbook_code.data import people
+from textbook_code.deploy import wasm
+
+PICKED = {"emoji": 4, "pedestrians": 2}  # of each label; both sources may be shipped
+NAMES = {"pedestrians": ("an empty place", "a pedestrian")}
+CREDITS = (
+    "Pictograms: Noto Emoji (Google, Apache 2.0) and Twemoji (Twitter, CC BY 4.0). "
+    "Photographs: crops of vtest.avi, from OpenCV's samples (Apache 2.0)."
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of a test set, under the name that the reader sees."""
+
+    name: str
+    person: bool
+    rgb: np.ndarray  # uint8 (32, 32, 3)
+
+
+def spread(of: Sequence[int], count: int) -> list[int]:
+    """`count` of the numbers, evenly spaced, neither the first nor the last.
+
+    >>> spread(range(100), 4)
+    [12, 37, 62, 87]
+    """
+    return [of[(2 * i + 1) * len(of) // (2 * count)] for i in range(min(count, len(of)))]
+
+
+def samples() -> list[Sample]:
+    """People and others of the test sets in turn."""
+    found = []
+    for source, count in PICKED.items():
+        pictures = people.load(source, "test")
+        rgb = people.examination(pictures).numpy()
+        first: dict[tuple[str, bool], int] = {}  # one picture a concept or a person
+        for i, (group, label) in enumerate(zip(pictures.groups, pictures.labels.tolist(), strict=True)):
+            first.setdefault((group, label), i)
+        split = [[i for (_, label), i in first.items() if label is wanted] for wanted in (True, False)]
+        picked = [spread(indices, count) for indices in split]
+        for pair in zip(*picked, strict=True):
+            for i in pair:
+                person = bool(pictures.labels[i])
+                name = NAMES[source][person] if source in NAMES else _spoken(pictures.groups[i])
+                found.append(Sample(name, person, rgb[i]))
+    return found
+
+
+def _spoken(concept: str) -> str:
+    return concept.replace("-", " ").replace("_", " ").lower()
+
+
+def script(module: bytes, pictures: Sequence[Sample]) -> str:
+    """`personData` as JavaScript: everything that the page needs, as text."""
+    payload = {
+        "wasm": base64.b64encode(module).decode(),
+        "samples": [
+            {"name": each.name, "person": each.person, "rgb": base64.b64encode(each.rgb.tobytes()).decode()}
+            for each in pictures
+        ],
+        "credits": CREDITS,
+    }
+    return f'"use strict";\nconst personData = {json.dumps(payload, ensure_ascii=True)};\n'
+
+
+def write(model: Path, target: Path) -> None:
+    """Write ``data/person-data.js``, ``person.wasm``, ``still.svg`` and ``still.pdf``, or nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        work = Path(name) / "new"
+        (work / "data").mkdir(parents=True)
+        built = wasm.build(model, work / "person.wasm")
+        pictures = samples()
+        (work / "data" / "person-data.js").write_text(script(built.read_bytes(), pictures), "ascii")
+        still(wasm.Module(built), [*pictures[:2], *pictures[-2:]], (work / "still.svg", work / "still.pdf"))
+        if target.exists():
+            shutil.rmtree(target)
+        work.replace(target)
+
+
+def still(module: wasm.Module, pictures: Sequence[Sample], paths: Sequence[Path]) -> None:
+    """Draw pictures as they are read, and below them lit where the last block looks, with the verdict."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    from textbook_code.figures import use_style
+
+    images = np.stack([each.rgb for each in pictures])
+    logits = module.logits(images).astype(int) - module.zero_point
+    side, grid = images.shape[1], round(module.num_patches**0.5)
+    maps = module.attention(images).reshape(-1, grid, grid)
+    with plt.rc_context():
+        use_style()
+        fig, rows = plt.subplots(2, len(pictures), figsize=(6.4, 3.9), layout="constrained")
+        for column, (each, steps, seen) in enumerate(zip(pictures, logits, maps, strict=True)):
+            top, below = rows[0][column], rows[1][column]
+            light = np.kron(np.sqrt(seen / seen.max()), np.ones((side // grid, side // grid)))[..., None]
+            dark = np.array([8, 16, 32]) * 0.88
+            _show(top, each.rgb)
+            _show(below, (each.rgb * (0.12 + 0.88 * light) + dark * (1 - light)).astype(np.uint8))
+            row, patch = divmod(int(seen.argmax()), grid)
+            corner = (patch * side / grid - 0.5, row * side / grid - 0.5)
+            for edge, width in (("black", 3), ("white", 1.2)):
+                below.add_patch(Rectangle(corner, side / grid, side / grid, fill=False, ec=edge, lw=width))
+            top.set_title(each.name if len(each.name) < 19 else f"{each.name[:17]}…", fontweight="normal")
+            says = "a person" if steps > 0 else "no person"
+            below.set_xlabel(f"{says}\n{steps:+d} steps: {steps * module.scale:+.2f}".replace("-", "−"))
+        for path in paths:
+            fig.savefig(path, metadata={"CreationDate" if path.suffix == ".pdf" else "Date": None})
+        plt.close(fig)
+
+
+def _show(ax: Any, rgb: np.ndarray) -> None:
+    ax.imshow(rgb, interpolation="none")
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
