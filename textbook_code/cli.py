@@ -241,15 +241,15 @@ def _verdicts(seen: Iterable[Path], said: Iterable[Decision]) -> list[tuple[str,
 @contextmanager
 def _deploying() -> Iterator[Callable[[str], None]]:
     """Show what is being done; what goes wrong is one line, and status 2 if it was asked wrongly."""
-    from textbook_code.deploy.compilers import CompileError, CompilerMissingError
+    from textbook_code.deploy.runtimes import refusals
 
     try:
         with _err.status("…") as status:
             yield lambda step: status.update(f"{step} …")
-    except (ImportError, CompilerMissingError, CompileError) as error:
-        _fail(error)
     except (ValueError, OSError) as error:
         _fail(error, 2)
+    except refusals() as error:
+        _fail(error)
 
 
 @app.command()

@@ -24,6 +24,7 @@ KINDS = {
     "wasm": "a WebAssembly module",
 }
 """What can be written, and what it is."""
+_NO_LIMIT = 2**62
 
 
 class FolderError(ValueError):
@@ -74,6 +75,11 @@ def export(
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if kernels not in ("fast", "plain"):
         raise ValueError(f"kernels: got {kernels!r}, expected fast or plain")
+    from textbook_code.deploy.c_codegen import Budget, generate
+
+    budget = None
+    if max_flash is not None or max_ram is not None:
+        budget = Budget(*(_NO_LIMIT if most is None else most for most in (max_flash, max_ram)))
     with _whole(Path(folder), force) as new:
         say("reading the model")
         model = model if isinstance(model, Model) else Model(model)
@@ -92,14 +98,14 @@ def export(
             say("quantising")
             shutil.copyfile(model.int8, new / INT8_FILE)
         elif kind == "c":
-            from textbook_code.deploy.c_codegen import generate
-
             say("generating C")
-            generate(model.int8, new, kernels=kernels, max_flash=max_flash, max_ram=max_ram)
+            generate(model.int8, new, kernels=kernels, budget=budget)
         elif kind == "mcu":
             from textbook_code.deploy import mcu
 
             say("generating the project")
+            if budget:  # checked before a project for a chip that is too small is begun
+                generate(model.int8, model.work / "budget", kernels=kernels, budget=budget)
             mcu.project(model.int8, new, board=board, kernels=kernels)
         else:
             from textbook_code.deploy import wasm

@@ -218,7 +218,7 @@ class Runtime:
         name: as `--runtime` takes it.
         title: what it is.
         numbers: "float32", "int8", or "mixed" where integer matrices stand between float operations.
-        open: opens a model in it; raises ImportError or `CompilerMissingError` where a tool is missing.
+        open: opens a model in it; raises one of `refusals` where a tool is missing.
 
     Book: deploy-runtimes
     """
@@ -290,7 +290,7 @@ def _c(kernels: str) -> Callable[[Model], Running]:
         from textbook_code.deploy.compilers import CNet
 
         net = CNet(model.int8, kernels=kernels)
-        return Running(net.logits, size=net.constant_bytes, memory=net.arena_bytes)
+        return Running(net.logits, size=net.generated.flash_bytes, memory=net.generated.arena_bytes)
 
     return open_
 
@@ -761,17 +761,26 @@ def _try(
     runtime: Runtime, model: Model, images: np.ndarray, at: np.ndarray, advance: Callable[[int], None]
 ) -> Outcome | str:
     """Open a runtime and run it; where a tool is missing or the model is refused, what it says."""
-    from textbook_code.deploy.compilers import CompilerMissingError
-
     try:
         running = runtime.open(model)
         parts = []
         for start in range(0, len(images), _BATCH):
             parts.append(np.asarray(running.logits(images[start : start + _BATCH])))
             advance(len(parts[-1]))
-    except (ImportError, CompilerMissingError, ValueError) as error:
+    except refusals() as error:
         return (str(error) or type(error).__name__).splitlines()[0]
     return Outcome(np.concatenate(parts), at, running.size, running.memory, running.instructions)
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """What a runtime raises that lacks a tool, or that cannot run this model; all say it in a line or two.
+
+    Book: deploy-runtimes
+    """
+    from textbook_code.deploy import compilers, mcu, wasm
+
+    missing = (ImportError, compilers.CompilerMissingError, mcu.FirmwareError)
+    return (*missing, compilers.CompileError, wasm.WasmError, ValueError)
 
 
 @contextmanager
