@@ -12,18 +12,29 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from typing import IO
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep from the terminal and the notebook what the code inside prints, logs and warns about.
-
-    C++ writes to the process's own outputs, past Python, so these are turned away too, for all threads. Where
-    the code inside raises, the last of what it said to its standard error goes into the exception's notes.
+class Heard:
+    """What was said while it was `quiet`.
 
     Book: deploy-tflite
     """
-    disabled, said = logging.root.manager.disable, ""
+
+    text: str = ""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[Heard]:
+    """Keep from the terminal and the notebook what the code inside prints, logs and warns about.
+
+    C++ writes to the process's own outputs, past Python, so these are turned away too, for all threads. What
+    it wrote there stands in the yielded object's `text` afterwards, and the end of it in the notes of an
+    exception that the code inside raises.
+
+    Book: deploy-tflite
+    """
+    disabled, said = logging.root.manager.disable, Heard()
     with tempfile.TemporaryFile() as heard, contextlib.ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(ValueError, OSError):
@@ -41,12 +52,16 @@ def quiet() -> Iterator[None]:
                 warnings.simplefilter("ignore")
                 logging.disable(logging.CRITICAL)
                 with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-                    yield
+                    yield said
         except Exception as error:
-            heard.seek(0)
-            said = heard.read().decode("utf-8", "replace").strip()
-            if said:
-                error.add_note(said[-1000:])
+            if noted := _text(heard):
+                error.add_note(noted[-1000:])
             raise
         finally:
             logging.disable(disabled)
+            said.text = _text(heard)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", "replace").strip()

@@ -15,20 +15,18 @@ Book: deploy-tflite
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from textbook_code.deploy.graph import Graph, Op, read
+from textbook_code.deploy.graph import MAGIC, Graph, Op, layer_of, read
 from textbook_code.deploy.quiet import quiet
 from textbook_code.extras import require
 from textbook_code.models.vision.tiny_vit import TinyViT, fold
@@ -145,7 +143,9 @@ def convert(model: TinyViT, path: str | Path, *, tolerance: float = 1e-4) -> Pat
                 expected = wrapped(torch.from_numpy(as_float(images))).numpy()
             off = float(np.abs(LiteRT(partial).logits(images) - expected).max())
             if not off <= tolerance:
-                raise ExportError(f"path: the file's logits are {off:.2g} from the model's, over {tolerance:g}")
+                raise ExportError(
+                    f"path: the file's logits are {off:.2g} from the model's, over {tolerance:g}"
+                )
     return path
 
 
@@ -169,7 +169,7 @@ def observe(float_path: str | Path, calibration: np.ndarray) -> dict[str, tuple[
     interpreter = _interpreter(Path(float_path).read_bytes(), delegates=False, preserve=True)
     (source,) = graph.inputs
     names = {t.index: t.name for t in graph.tensors if t.dtype == "float32"}
-    seen = {name: (math.inf, -math.inf) for name in names.values()}
+    seen = dict.fromkeys(names.values(), (math.inf, -math.inf))
     for image in as_float(calibration):
         interpreter.set_tensor(source, image[None])
         interpreter.invoke()
@@ -215,6 +215,8 @@ def quantize(
 
     Weights get one scale a channel and are symmetric; activations get one scale and one zero point a tensor,
     from their ranges; biases are 32-bit. The input reads bytes (see `as_int8`), the output is one int8.
+    Tensors are called after their layers, in place of the converter's names, which are longer than many of
+    the tensors.
 
     Args:
         float_path: what `convert` has written.
@@ -244,16 +246,31 @@ def quantize(
     with quiet():
         quantizer = _quantizer(float_path)
         made = quantizer.quantize(_as_calibration(graph, ranges), enable_progress_report=False)
-    data = bytes(made.quantized_model)
+    data = _short_names(bytes(made.quantized_model))
     check_integer(read(data))
     if max_bytes is not None and len(data) > max_bytes:
         raise OverBudgetError(
-            f"int8_path: expected at most {max_bytes:,} bytes, got {len(data):,}: {len(data) - max_bytes:,} over"
+            f"int8_path: expected at most {max_bytes:,} bytes, "
+            f"got {len(data):,}: {len(data) - max_bytes:,} over"
         )
     int8_path.parent.mkdir(parents=True, exist_ok=True)
     with moved_into_place(int8_path) as partial:
         partial.write_bytes(data)
     return int8_path
+
+
+def _short_names(data: bytes) -> bytes:
+    """The same model, its tensors called after their layers."""
+    schema = require("ai_edge_litert.schema_py_generated", extra="deploy")
+    flatbuffers = require("flatbuffers", extra="deploy")
+    graph, model = read(data), schema.ModelT.InitFromPackedBuf(data, 0)
+    for tensor, packed in zip(graph.tensors, model.subgraphs[0].tensors, strict=True):
+        packed.name = f"/{layer_of(tensor.name)};{tensor.index}"
+    model.subgraphs[0].tensors[graph.inputs[0]].name = "image"
+    model.subgraphs[0].tensors[graph.outputs[0]].name = "logit"
+    builder = flatbuffers.Builder(len(data))
+    builder.Finish(model.Pack(builder), MAGIC)
+    return bytes(builder.Output())
 
 
 def _as_calibration(graph: Graph, ranges: Ranges) -> dict[str, dict[str, np.ndarray]]:
@@ -264,7 +281,9 @@ def _as_calibration(graph: Graph, ranges: Ranges) -> dict[str, dict[str, np.ndar
             continue
         low, high = ranges.get(tensor.name, (math.nan, math.nan))
         if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-            raise ExportError(f"ranges: expected a least and a greatest value of {tensor.name}, got {low}, {high}")
+            raise ExportError(
+                f"ranges: expected a least and a greatest value of {tensor.name}, got {low}, {high}"
+            )
         shape = (1,) * len(tensor.shape)
         found[tensor.name] = {"min": np.full(shape, low, np.float32), "max": np.full(shape, high, np.float32)}
     return found
@@ -317,7 +336,9 @@ def check_integer(graph: Graph) -> None:
     Book: deploy-tflite
     """
     if floats := float_ops(graph):
-        raise ExportError(f"graph: expected integers only, found {len(floats)} float operations: {floats[:5]}")
+        raise ExportError(
+            f"graph: expected integers only, found {len(floats)} float operations: {floats[:5]}"
+        )
     source, target = graph.tensors[graph.inputs[0]], graph.tensors[graph.outputs[0]]
     if (source.dtype, source.scale, source.zero_point) != ("int8", (1 / 128,), (0,)):
         raise ExportError(
@@ -332,12 +353,16 @@ def _images(images: np.ndarray, graph: Graph) -> np.ndarray:
     images = np.asarray(images)
     shape = graph.tensors[graph.inputs[0]].shape[1:]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-        raise ValueError(f"images: expected uint8 (n, {', '.join(map(str, shape))}) with n ≥ 1, "
-                         f"got {images.dtype} {images.shape}")
+        raise ValueError(
+            f"images: expected uint8 (n, {', '.join(map(str, shape))}) with n ≥ 1, "
+            f"got {images.dtype} {images.shape}"
+        )
     return images
 
 
-def _interpreter(data: bytes, *, delegates: bool = True, reference: bool = False, preserve: bool = False) -> Any:
+def _interpreter(
+    data: bytes, *, delegates: bool = True, reference: bool = False, preserve: bool = False
+) -> Any:
     with quiet():
         module = require("ai_edge_litert.interpreter", extra="deploy")
         kinds = module.OpResolverType
@@ -392,6 +417,25 @@ def _prepared(images: np.ndarray, graph: Graph) -> np.ndarray:
     return as_int8(images) if graph.tensors[graph.inputs[0]].dtype == "int8" else as_float(images)
 
 
+@dataclass(frozen=True)
+class Arena:
+    """The memory of TensorFlow Lite Micro, in bytes, as its own allocator counts it.
+
+    Args:
+        total: what the interpreter keeps. While it starts it needs more for a moment, which shows where the
+            activations are few; `smallest_arena` finds what is enough.
+        activations: of that, what tensors share while the model runs.
+        tables: of that, what its records of tensors and operations take. They are full of pointers, which
+            are twice as wide here as on a 32-bit microcontroller.
+
+    Book: deploy-arena
+    """
+
+    total: int
+    activations: int
+    tables: int
+
+
 class TFLiteMicro:
     """Run an integer .tflite file with the runtime for microcontrollers, here through its Python binding.
 
@@ -410,6 +454,8 @@ class TFLiteMicro:
     def __init__(self, path: str | Path, arena_bytes: int | None = None) -> None:
         self.graph = read(path)
         check_integer(self.graph)
+        if arena_bytes is not None and arena_bytes < 1024:  # below, its C++ crashes in place of refusing
+            raise ExportError(f"arena_bytes: expected at least 1,024, got {arena_bytes:,}")
         runtime = require("tflite_micro.python.tflite_micro.runtime", extra="deploy")
         try:
             with quiet():
@@ -434,3 +480,39 @@ class TFLiteMicro:
             self._interpreter.invoke()
             found.append(self._interpreter.get_output(0).reshape(()))
         return np.stack(found)
+
+    @property
+    def arena(self) -> Arena:
+        """How much memory it has taken.
+
+        Book: deploy-arena
+        """
+        with quiet() as said:
+            self._interpreter.print_allocations()
+        found = dict(re.findall(r"Arena allocation (total|head|tail) (\d+) bytes", said.text))
+        return Arena(int(found["total"]), int(found["head"]), int(found["tail"]))
+
+
+def smallest_arena(path: str | Path) -> int:
+    """The least memory, in steps of 16 bytes, with which TensorFlow Lite Micro starts and runs a model.
+
+    Book: deploy-arena
+    """
+    low = -(-max(TFLiteMicro(path).arena.total, 1024) // 16) * 16
+    high, image = low, np.zeros((1, *read(path).tensors[read(path).inputs[0]].shape[1:]), np.uint8)
+
+    def enough(size: int) -> bool:
+        try:
+            TFLiteMicro(path, size).logits(image)
+        except ExportError:
+            return False
+        return True
+
+    if enough(low):
+        return low
+    while not enough(high):
+        low, high = high, high + high // 4 // 16 * 16
+    while high - low > 16:  # low is too little, high is enough
+        middle = (low + high) // 32 * 16
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -168,11 +168,11 @@ def _detect(cv2: Any, frame: np.ndarray, number: int) -> list[Find]:
     detector.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
     large = cv2.resize(frame, None, fx=_ENLARGED, fy=_ENLARGED)
     boxes, scores = detector.detectMultiScale(large, winStride=(8, 8), padding=(16, 16), scale=1.05)
-    found = [
-        Find(number, *(round(float(v) / _ENLARGED) for v in box), score=float(score))
-        for box, score in zip(boxes, np.ravel(scores), strict=True)
-        if score > _SCORE
-    ]
+    found = []
+    for box, score in zip(boxes, np.ravel(scores), strict=True):
+        x, y, width, height = (round(float(v) / _ENLARGED) for v in box)
+        if score > _SCORE:
+            found.append(Find(number, x, y, width, height, float(score)))
     best: list[Find] = []
     for find in sorted(found, key=lambda f: (-f.score, f.x, f.y)):
         if all(_overlap(find, other) < 0.5 for other in best):
