@@ -29,12 +29,11 @@ from types import MappingProxyType
 
 import numpy as np
 
-from textbook_code.deploy import graph
-from textbook_code.weights import moved_into_place
+from textbook_code.deploy import c_codegen, compilers, graph
 
 __all__ = [
-    "BOARDS", "IMAGE_BYTES", "INSTRUCTIONS_PER_TICK", "Board", "FirmwareError", "McuRun", "MissingToolError",
-    "Project", "build", "elf_sizes", "images_as_bytes", "project", "run",
+    "BOARDS", "IMAGE_BYTES", "INSTRUCTIONS_PER_TICK", "Board", "EmulatorMissingError", "FirmwareError",
+    "McuRun", "Project", "StepCost", "build", "elf_sizes", "images_as_bytes", "project", "run",
 ]  # fmt: skip
 
 IMAGE_BYTES = 3072
@@ -61,8 +60,8 @@ class FirmwareError(RuntimeError):
     """
 
 
-class MissingToolError(FirmwareError):
-    """A program that this needs is not installed; the message says how to get it.
+class EmulatorMissingError(FirmwareError):
+    """QEMU is not installed; the message says how to get it.
 
     Book: deploy-mcu
     """
@@ -150,6 +149,23 @@ class Project:
 
 
 @dataclass(frozen=True)
+class StepCost:
+    """What one kind of operation takes, all its steps together.
+
+    Args:
+        steps: how many there are.
+        macs: multiply-accumulates.
+        instructions: of one image.
+
+    Book: deploy-c-simd
+    """
+
+    steps: int
+    macs: int
+    instructions: float
+
+
+@dataclass(frozen=True)
 class McuRun:
     """What a run under QEMU gave.
 
@@ -161,7 +177,7 @@ class McuRun:
         flash_bytes: code, constants, and the starting values of variables.
         static_ram_bytes: variables, arena, image and the whole reserved stack.
         stack_bytes: how much of the stack was ever used.
-        steps: with `profile`, instructions of one image by the kind of operation, averaged.
+        steps: with `profile`, what each kind of operation takes of one image, averaged.
 
     Book: deploy-mcu
     """
@@ -173,7 +189,7 @@ class McuRun:
     flash_bytes: int
     static_ram_bytes: int
     stack_bytes: int
-    steps: Mapping[str, int] = field(default_factory=dict)
+    steps: Mapping[str, StepCost] = field(default_factory=dict)
 
 
 def project(
@@ -207,7 +223,7 @@ def project(
     Raises:
         ValueError: an unknown board, kernel set or toolchain, or sizes that make no chip.
         FileExistsError: something is in the way.
-        textbook_code.deploy.graph.GraphError: the model is damaged.
+        GraphError, UnsupportedOpError: the model is damaged, or has an operation that no C is made of.
 
     Book: deploy-mcu
     """
@@ -218,8 +234,6 @@ def project(
             raise ValueError(f"{name}: expected a multiple of 8 bytes, at least {least:,}, got {value}")
     if stack >= ram:
         raise ValueError(f"stack: expected less than the ram of {ram:,} bytes, got {stack:,}")
-    from textbook_code.deploy import c_codegen
-
     target = Path(folder)
     if target.exists() and not (_is_empty(target) or (force and (target / "project.json").is_file())):
         why = "" if force else "; force=True replaces an earlier project"
@@ -257,7 +271,7 @@ def build(
         The program, an ELF file in the project's folder `build`.
 
     Raises:
-        MissingToolError: no compiler.
+        CompilerMissingError: no compiler.
         FirmwareError: what the compiler said, or by how many bytes the program does not fit.
 
     Book: deploy-mcu
@@ -267,20 +281,15 @@ def build(
     _one_of("io", io, _IO)
     name = f"firmware-{board.cpu}{'-uart' if io == 'uart' else ''}{'-profile' if profile else ''}.elf"
     output = made.folder / "build" / name
-    output.parent.mkdir(exist_ok=True)
-    compiler = _compiler(made.toolchain)
-    net = sorted(path.relative_to(made.folder).as_posix() for path in (made.folder / "net").glob("*.c"))
-    with moved_into_place(output) as partial:
-        command = [
-            *compiler, *_flags(made.toolchain, board), *(("-include", "profile.h") if profile else ()),
-            "startup.c", "memory.c", "main.c", f"io_{io}.c", *net, *_libraries(made.toolchain),
-            "-o", partial.relative_to(made.folder).as_posix(),
-        ]  # fmt: skip
-        done = subprocess.run(command, cwd=made.folder, capture_output=True, text=True)
-        if done.returncode:
-            raise FirmwareError(_why_not_built(done.stderr, made))
-        if not partial.is_file():
-            raise FirmwareError(f"{compiler[0]} ended well and wrote no program: {done.stderr[-500:]}")
+    files = ("startup.c", "memory.c", "main.c", f"io_{io}.c")
+    sources = [*(made.folder / file for file in files), *sorted((made.folder / "net").glob("*.c"))]
+    flags = [*_flags(made.toolchain, board), "-T", str(made.folder / "flash.ld")]
+    if profile:
+        flags.append("-DNET_PROFILE")
+    try:
+        compilers.build(_compiler(made.toolchain), sources, output, [*flags, *_libraries(made.toolchain)])
+    except compilers.CompileError as error:
+        raise FirmwareError(_why_not_built(error.diagnostics, made)) from error
     return output
 
 
@@ -307,7 +316,7 @@ def run(
         Logits, instructions, and the memory that the program takes.
 
     Raises:
-        MissingToolError: no compiler, or no QEMU.
+        CompilerMissingError, EmulatorMissingError: no compiler, or no QEMU.
         FirmwareError: the program did not build, faulted, or said something else than was expected.
         TypeError, ValueError: images of another kind.
 
@@ -335,7 +344,11 @@ def run(
         raise FirmwareError(
             f"{board.cpu}: {len(found)} of {len(images)} images came back; it said {text[-300:].strip()!r}"
         )
-    steps = re.findall(r"step (\S+) calls \d+ ticks (\d+)", text)
+    steps: dict[str, StepCost] = {}
+    for kind, macs, ticks in re.findall(r"step (\S+) macs (\d+) ticks (\d+)", text):
+        cost = int(ticks) * INSTRUCTIONS_PER_TICK / len(images)
+        so_far = steps.get(kind, StepCost(0, 0, 0))
+        steps[kind] = StepCost(so_far.steps + 1, so_far.macs + int(macs), so_far.instructions + cost)
     per_image = np.array([int(ticks) * INSTRUCTIONS_PER_TICK for _, _, ticks, _ in found], np.int64)
     flash_bytes, ram_bytes = elf_sizes(program)
     return McuRun(
@@ -346,7 +359,7 @@ def run(
         flash_bytes=flash_bytes,
         static_ram_bytes=ram_bytes,
         stack_bytes=max((int(stack) for *_, stack in found), default=0),
-        steps={kind: int(ticks) * INSTRUCTIONS_PER_TICK // len(images) for kind, ticks in steps},
+        steps=steps,
     )
 
 
@@ -411,7 +424,7 @@ def _board_of(made: Project, cpu: str | None) -> Board:
 def _flags(toolchain: str, board: Board) -> list[str]:
     common = [
         "-std=c99", "-O2", "-ffreestanding", "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra",
-        "-I.", "-Inet", "-T", "flash.ld", "-Wl,--gc-sections", "-Wl,--entry=reset",
+        "-Wl,--gc-sections", "-Wl,--entry=reset",
     ]  # fmt: skip
     if toolchain == "zig":
         return [*board.zig, *common]
@@ -425,23 +438,13 @@ def _libraries(toolchain: str) -> list[str]:
 
 
 def _compiler(toolchain: str) -> list[str]:
-    if toolchain == "zig":
-        from textbook_code.deploy import compilers
-
-        return list(compilers.zig())
-    path = shutil.which("arm-none-eabi-gcc")
-    if path is None:
-        raise MissingToolError(
-            "arm-none-eabi-gcc is not installed: apt-get install gcc-arm-none-eabi, "
-            'or make the project with toolchain="zig"'
-        )
-    return [path]
+    return compilers.zig() if toolchain == "zig" else compilers.arm_none_eabi()
 
 
 def _qemu() -> str:
     path = shutil.which("qemu-system-arm")
     if path is None:
-        raise MissingToolError("qemu-system-arm is not installed: apt-get install qemu-system-arm")
+        raise EmulatorMissingError("qemu-system-arm is not installed: apt-get install qemu-system-arm")
     return path
 
 
@@ -535,7 +538,7 @@ def _words(made: Project, model: bytes) -> dict[str, str]:
         "BOARD": board.name,
         "CPU": board.cpu,
         "COMPILER": compiler,
-        "FLAGS": " ".join(_flags(made.toolchain, board)),
+        "FLAGS": " ".join(["-I.", "-Inet", *_flags(made.toolchain, board), "-T", "flash.ld"]),
         "LIBRARIES": " ".join(_libraries(made.toolchain)),
         "FLASH": str(made.flash),
         "RAM": str(made.ram),

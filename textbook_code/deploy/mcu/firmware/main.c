@@ -13,10 +13,9 @@
 #define SYST_PERIOD 0x1000000u /* 24 bits, counted down */
 
 void systick(void);
-void net_step(const char *kind);
 
 static volatile uint32_t wraps;
-static uint8_t rgb[3072];
+static uint8_t rgb[PERSON_IMAGE_BYTES];
 
 void systick(void)
 {
@@ -65,39 +64,22 @@ static char *append_int(char *at, int32_t value)
     return at;
 }
 
-#ifdef NET_STEP /* built with -include profile.h: how much each kind of operation takes */
-static struct {
-    const char *kind;
-    uint32_t calls, ticks;
-} steps[24];
-static uint32_t step_began;
+#ifdef NET_PROFILE /* how much each step of the network takes */
+static uint32_t step_began, step_ticks[PERSON_STEPS];
 
-void net_step(const char *kind)
+void person_step(int step)
 {
-    const uint32_t now = clock_ticks();
-    for (uint32_t i = 0; i < sizeof steps / sizeof *steps; i++) {
-        const char *a = steps[i].kind, *b = kind;
-        while (a && *a && *a == *b) {
-            a++;
-            b++;
-        }
-        if (!a || *a == *b) {
-            steps[i].kind = kind;
-            steps[i].calls++;
-            steps[i].ticks += now - step_began;
-            break;
-        }
-    }
+    step_ticks[step] += clock_ticks() - step_began;
     step_began = clock_ticks();
 }
 
 static void write_steps(void)
 {
     char line[96];
-    for (uint32_t i = 0; i < sizeof steps / sizeof *steps && steps[i].kind; i++) {
-        char *at = append(append(line, "step "), steps[i].kind);
-        at = append_int(append(at, " calls "), (int32_t)steps[i].calls);
-        at = append_int(append(at, " ticks "), (int32_t)steps[i].ticks);
+    for (int i = 0; i < PERSON_STEPS; i++) {
+        char *at = append(append(line, "step "), person_kinds[i]);
+        at = append_int(append(at, " macs "), person_macs[i]);
+        at = append_int(append(at, " ticks "), (int32_t)step_ticks[i]);
         *append(at, "\n") = 0;
         io_write(line);
     }
@@ -109,7 +91,7 @@ int main(void)
     char line[96];
     while (io_read(rgb, sizeof rgb)) {
         clock_start();
-#ifdef NET_STEP
+#ifdef NET_PROFILE
         step_began = clock_ticks();
 #endif
         const int8_t logit = person_logit(rgb);
@@ -121,7 +103,7 @@ int main(void)
         *append(at, "\n") = 0;
         io_write(line);
     }
-#ifdef NET_STEP
+#ifdef NET_PROFILE
     write_steps();
 #endif
     return 0;
