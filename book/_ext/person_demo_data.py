@@ -10,7 +10,9 @@ import base64
 import json
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,8 @@ from textbook_code.deploy import wasm
 PICKED = {"emoji": 4, "pedestrians": 2}  # of each label; both sources may be shipped
 NAMES = {"pedestrians": ("an empty place", "a pedestrian")}
 CREDITS = (
-    "Pictograms: Noto Emoji (Google, Apache 2.0) and Twemoji (Twitter, CC BY 4.0). "
-    "Photographs: crops of vtest.avi, from OpenCV's samples (Apache 2.0)."
+    "Pictograms, shrunk to 32 × 32: Noto Emoji, © Google, Apache 2.0, and Twemoji, © Twitter, Inc. and other "
+    "contributors, CC BY 4.0. Photographs: crops of vtest.avi, one of OpenCV's samples, Apache 2.0."
 )
 
 
@@ -37,36 +39,44 @@ class Sample:
     rgb: np.ndarray  # uint8 (32, 32, 3)
 
 
-def spread(of: Sequence[int], count: int) -> list[int]:
-    """`count` of the numbers, evenly spaced, neither the first nor the last.
+def spread(of: Sequence[Any], count: int) -> list[Any]:
+    """`count` of many, evenly spaced, neither the first nor the last.
 
     >>> spread(range(100), 4)
     [12, 37, 62, 87]
     """
-    return [of[(2 * i + 1) * len(of) // (2 * count)] for i in range(min(count, len(of)))]
+    return [of[(2 * i + 1) * len(of) // (2 * count)] for i in range(count)]
 
 
 def samples() -> list[Sample]:
-    """People and others of the test sets in turn."""
+    """People and others of the test sets in turn: one picture each of concepts, people and places."""
     found = []
     for source, count in PICKED.items():
         pictures = people.load(source, "test")
         rgb = people.examination(pictures).numpy()
-        first: dict[tuple[str, bool], int] = {}  # one picture a concept or a person
+        groups: dict[tuple[bool, str], list[int]] = {}
         for i, (group, label) in enumerate(zip(pictures.groups, pictures.labels.tolist(), strict=True)):
-            first.setdefault((group, label), i)
-        split = [[i for (_, label), i in first.items() if label is wanted] for wanted in (True, False)]
-        picked = [spread(indices, count) for indices in split]
-        for pair in zip(*picked, strict=True):
-            for i in pair:
-                person = bool(pictures.labels[i])
-                name = NAMES[source][person] if source in NAMES else _spoken(pictures.groups[i])
-                found.append(Sample(name, person, rgb[i]))
+            groups.setdefault((label, group), []).append(i)
+        for k in range(count):
+            for person in (True, False):
+                members = [indices for (label, _), indices in groups.items() if label is person]
+                indices = spread(members, count)[k]
+                i = indices[k * len(indices) // count]  # another font or skin each time
+                found.append(Sample(_spoken(source, pictures.groups[i], person), person, rgb[i]))
     return found
 
 
-def _spoken(concept: str) -> str:
-    return concept.replace("-", " ").replace("_", " ").lower()
+def _spoken(source: str, group: str, person: bool) -> str:
+    """A picture's name for the reader: a concept is named by its sign, an astronaut by a rocket.
+
+    >>> _spoken("emoji", "1F680", True), _spoken("emoji", "1F34E", False), _spoken("emoji", "couple", True)
+    ('person (rocket)', 'red apple', 'person (couple)')
+    """
+    if source in NAMES:
+        return NAMES[source][person]
+    with suppress(ValueError):  # several signs in one concept, such as "couple", have a name already
+        group = unicodedata.name(chr(int(group.split("-")[0], 16))).lower()
+    return f"person ({group})" if person else group
 
 
 def script(module: bytes, pictures: Sequence[Sample]) -> str:

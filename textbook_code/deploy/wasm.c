@@ -6,7 +6,7 @@
 
 #define EXPORT(name) __attribute__((export_name(#name)))
 
-static uint8_t rgb[3072]; /* row by row, red green blue */
+static uint8_t rgb[PERSON_IMAGE_BYTES]; /* row by row, red green blue */
 
 EXPORT(pixels) uint8_t *pixels(void) { return rgb; }
 EXPORT(logit) int32_t logit(void) { return person_logit(rgb); } /* in steps, around zero_point() */
@@ -14,5 +14,5 @@ EXPORT(person) int32_t is_person(void) { return person(rgb); }
 EXPORT(zero_point) int32_t zero_point(void) { return PERSON_ZERO; }
 EXPORT(scale_numerator) int32_t scale_numerator(void) { return SCALE_NUMERATOR; }
 EXPORT(scale_shift) int32_t scale_shift(void) { return SCALE_SHIFT; }
-EXPORT(num_patches) int32_t num_patches(void) { return NUM_PATCHES; }
+EXPORT(num_patches) int32_t num_patches(void) { return PERSON_PATCHES; }
 EXPORT(attention) const int32_t *attention(void) { return person_attention(); } /* of the last logit() */

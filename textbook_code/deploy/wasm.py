@@ -13,14 +13,13 @@ Book: deploy-wasm
 import tempfile
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from textbook_code.deploy import compilers, graph
+from textbook_code.deploy import compilers
 from textbook_code.deploy.c_codegen import generate
 from textbook_code.extras import require
 from textbook_code.weights import moved_into_place
@@ -60,37 +59,21 @@ class WasmError(RuntimeError):
     """
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the glue must know of a model beside its C: the step of the logit, and the number of patches.
+def fraction(scale: float) -> tuple[int, int]:
+    """A scale as the pair (numerator, shift): numerator / 2^shift, exactly, as every 32-bit float can be.
 
-    The step is numerator / 2^shift, exactly.
-
-    Book: deploy-wasm
-    """
-
-    numerator: int
-    shift: int
-    num_patches: int
-
-
-def facts(model: graph.Graph) -> Facts:
-    """The step of the model's logit as a fraction, and N from the shape of its last softmax.
+    >>> fraction(0.375)
+    (3, 3)
 
     Raises:
-        WasmError: the model has no softmax, or its step is no float that a 32-bit numerator holds.
+        WasmError: not positive, or too large for a 32-bit numerator.
 
     Book: deploy-wasm
     """
-    scale = (model.tensors[model.outputs[0]].scale or (0.0,))[0]
     numerator, denominator = float(np.float32(scale)).as_integer_ratio()
     if not 0 < numerator < 2**31:
-        raise WasmError(f"output: expected a positive scale, got {scale!r}")
-    softmaxes = [op for op in model.ops if op.kind == "SOFTMAX"]
-    if not softmaxes:
-        raise WasmError("model: expected an attention to show, found no SOFTMAX")
-    patches = model.tensors[softmaxes[-1].outputs[0]].shape[-1]
-    return Facts(numerator, denominator.bit_length() - 1, patches)
+        raise WasmError(f"scale: expected a positive number below 2^31, got {scale!r}")
+    return numerator, denominator.bit_length() - 1
 
 
 def build(
@@ -118,30 +101,30 @@ def build(
         CompileError: the compiler refused.
         GraphError: not a model.
         UnsupportedOpError: an operation that cannot be generated, named with its layer.
-        WasmError: the module is too large, with the excess, or the model has no attention or no scale.
+        WasmError: the module is too large, with the excess, or the model has no attention or another input.
 
     Book: deploy-wasm
     """
     say = progress or (lambda step: None)
-    output = Path(output)
-    known = facts(graph.read(tflite_path))
+    output, model = Path(output), Path(tflite_path).name
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say("generating C")
-        generate(tflite_path, folder, kernels="plain")
-        made = folder / "net.wasm"
-        flags = (
-            *FLAGS,
-            f"-DSCALE_NUMERATOR={known.numerator}",
-            f"-DSCALE_SHIFT={known.shift}",
-            f"-DNUM_PATCHES={known.num_patches}",
-        )
+        net = generate(tflite_path, folder, kernels="plain")
+        if net.input_shape != IMAGE_SHAPE:
+            raise WasmError(f"{model}: expected an input of {IMAGE_SHAPE}, got {net.input_shape}")
+        if not net.num_patches:
+            raise WasmError(f"{model}: expected an attention to show, found no SOFTMAX")
+        numerator, shift = fraction(net.output_scale)
+        flags = (*FLAGS, f"-DSCALE_NUMERATOR={numerator}", f"-DSCALE_SHIFT={shift}")
+        sources = [file for file in net.files if file.suffix == ".c"]
         say("compiling for WebAssembly")
-        compilers.build(compilers.zig(), [*sorted(folder.glob("*.c")), _GLUE], made, flags)
+        made = folder / "net.wasm"
+        compilers.build(compilers.zig(), [*sources, _GLUE], made, flags)
         content = made.read_bytes()
     if len(content) > max_bytes:
         raise WasmError(
-            f"{Path(tflite_path).name}: the module has {len(content):,} bytes, {len(content) - max_bytes:,} "
+            f"{model}: the module has {len(content):,} bytes, {len(content) - max_bytes:,} "
             f"more than the {max_bytes:,} allowed"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
