@@ -142,7 +142,7 @@ def mutation(name: str) -> Callable[[Mutation], Mutation]:
 def block_forward(name: str, forward: Callable[..., Tensor]) -> None:
     @mutation(name)
     def plant(model: TinyViT, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(TinyViTBlock, "forward", lambda b, x: (forward(b, x), x))
+        patch.setattr(TinyViTBlock, "forward", lambda b, x, *, need_weights: (forward(b, x), x))
 
 
 block_forward("norms swapped", lambda b, x: (y := x + b.attn(b.ffn_norm(x))) + b.ffn(b.attn_norm(y)))
@@ -305,6 +305,11 @@ def test_evaluated_images_do_not_see_each_other():
         model = loud_model(config)
         alone = torch.cat([model(image[None]) for image in IMAGES])
         torch.testing.assert_close(model(IMAGES), alone)
+
+
+def test_the_fused_path_of_training_is_the_written_out_one():
+    model = loud_model(CONFIG)
+    torch.testing.assert_close(model.train()(IMAGES), model.eval()(IMAGES), rtol=1e-12, atol=1e-12)
 
 
 def test_attention_weights_are_those_of_each_layer():
