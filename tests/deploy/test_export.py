@@ -306,7 +306,7 @@ def test_predict_with_all_runtimes_gives_the_table(
     from textbook_code.deploy import mcu
 
     def missing() -> str:
-        raise mcu.MissingToolError("qemu-system-arm is not installed: apt-get install qemu-system-arm")
+        raise mcu.EmulatorMissingError("qemu-system-arm is not installed: apt-get install qemu-system-arm")
 
     monkeypatch.setattr(mcu, "_qemu", missing)
     picture(tmp_path / "x.png")

@@ -276,7 +276,7 @@ def _tflm(model: Model) -> Running:
     from textbook_code.deploy import tflite
 
     micro = tflite.TFLiteMicro(model.int8)
-    return Running(micro.logits, size=model.int8.stat().st_size)
+    return Running(micro.logits, size=model.int8.stat().st_size, memory=micro.arena.total)
 
 
 def _numpy(model: Model) -> Running:
@@ -316,8 +316,8 @@ def _firmware(cpu: str, board: str) -> Callable[[Model], Running]:
 def _aarch64(model: Model) -> Running:
     from textbook_code.deploy import arm
 
-    program = arm.Program(model.int8, model.work / "aarch64")
-    return Running(program.logits, size=program.path.stat().st_size)
+    program = arm.build(model.int8, model.work / "person-aarch64")
+    return Running(lambda images: arm.run(program, images), size=program.stat().st_size)
 
 
 def _wasm(model: Model) -> Running:
@@ -777,10 +777,11 @@ def refusals() -> tuple[type[Exception], ...]:
 
     Book: deploy-runtimes
     """
-    from textbook_code.deploy import compilers, mcu, wasm
+    from textbook_code.deploy import arm, compilers, mcu, wasm
 
-    missing = (ImportError, compilers.CompilerMissingError, mcu.FirmwareError)
-    return (*missing, compilers.CompileError, wasm.WasmError, ValueError)
+    missing = (ImportError, compilers.CompilerMissingError, mcu.EmulatorMissingError)
+    failed = (compilers.CompileError, mcu.FirmwareError, arm.ArmError, wasm.WasmError)
+    return (*missing, *failed, ValueError)
 
 
 @contextmanager
