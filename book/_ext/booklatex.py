@@ -147,6 +147,21 @@ class Arrange(SphinxPostTransform):
         top.extend([name, book_page(docname=root), front, book_page_end(docname=root), *parts])
 
 
+class WebOnly(SphinxPostTransform):
+    """Leave out whole pages; a reference to them is printed without a link."""
+
+    default_priority = 5  # before references are resolved
+    formats = ("latex",)
+
+    def run(self, **kwargs: Any) -> None:
+        folders = tuple(self.config.booklatex_web_only)
+        for page in list(self.document.findall(addnodes.start_of_file)):
+            if page["docname"].startswith(folders):
+                page.parent.remove(page)
+        assert isinstance(self.app.builder, LaTeXBuilder)
+        self.app.builder.docnames = {n for n in self.app.builder.docnames if not n.startswith(folders)}
+
+
 class Trim(SphinxPostTransform):
     """Leave out what the HTML folds away or what only a screen can show."""
 
@@ -465,12 +480,14 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("booklatex_subtitle", "", "", [str])
     app.add_config_value("booklatex_licence", "", "", [str])
     app.add_config_value("booklatex_front_title", "The learning path", "", [str])
+    app.add_config_value("booklatex_web_only", [], "", [list])  # folders of pages
     app.add_config_value("booklatex_plain_parts", ["Appendices"], "", [list])
     app.add_node(book_part)
     app.add_node(book_page)
     app.add_node(book_page_end)
     app.connect("config-inited", _configure, priority=950)
     app.connect("builder-inited", _prepare, priority=950)
+    app.add_post_transform(WebOnly)
     app.add_post_transform(Trim)
     app.add_post_transform(Arrange)
     app.set_translator("latex", BookTranslator, override=True)

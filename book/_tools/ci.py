@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build import SIDE_BY_SIDE
 from console import duration, say
-from environment import ROOT, Environment, ensure_browser, ensure_latex
+from environment import ROOT, Environment, ensure_browser, ensure_emulators, ensure_latex
 
 PYTHON = str(Environment().python)
 MAKE = ["make", "--no-print-directory", f"PYTHON={sys.executable}"]
@@ -61,10 +61,13 @@ def build(*arguments: str) -> list[str]:
 
 
 def system() -> list[list[str]]:
-    """LaTeX and a browser come from the system; here they may be installed."""
-    missing = [
-        name for name, there in (("LaTeX", ensure_latex()), ("Chromium", ensure_browser())) if not there
-    ]
+    """LaTeX, a browser, QEMU and the Arm compiler come from the system; here they may be installed."""
+    wanted = {
+        "LaTeX": ensure_latex,
+        "Chromium": ensure_browser,
+        "QEMU or the Arm compiler": ensure_emulators,
+    }
+    missing = [name for name, ensure in wanted.items() if not ensure()]
     return [[sys.executable, "-c", f"import sys; sys.exit({f'missing: {missing}'!r})"]] if missing else []
 
 
@@ -89,7 +92,7 @@ def one_slow_test() -> list[list[str]]:
 
 
 STAGES = [
-    Stage("system", 5, system),
+    Stage("system", 7, system),
     Stage("install", 9, lambda: [install(), [PYTHON, "-c", CHECK_WHEEL]]),
     Stage("lint", 3, lambda: [build("lint")], needs=("install",)),
     Stage("fetch", 5, lambda: [build("fetch")], needs=("install",)),

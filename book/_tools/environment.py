@@ -29,6 +29,11 @@ LATEX = [
 ]
 LATEX_PROGRAMS = ("latexmk", "lualatex", "rsvg-convert", "pdftoppm")
 LATEX_FILES = ("tcolorbox.sty", "titlesec.sty", "texgyrepagella-math.otf", "DejaVuSansMono.ttf")
+EMULATORS = {  # program: its Debian package
+    "qemu-system-arm": "qemu-system-arm",
+    "qemu-aarch64-static": "qemu-user-static",
+    "arm-none-eabi-gcc": "gcc-arm-none-eabi",
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -134,6 +139,15 @@ def ensure_browser() -> str | None:
     if browser() is None:
         install_with_apt(["chromium"], "Chromium, for the checks of the built pages")
     return browser()
+
+
+def ensure_emulators() -> bool:
+    """Install QEMU and the Arm compiler where missing, if that may be; whether they are there then."""
+    missing = [program for program in EMULATORS if shutil.which(program) is None]
+    if missing:
+        packages = [EMULATORS[program] for program in missing]
+        install_with_apt(packages, "QEMU and the Arm compiler, for the tests of the firmware")
+    return all(map(shutil.which, EMULATORS))
 
 
 def install_with_apt(packages: Sequence[str], what: str) -> bool:

@@ -34,6 +34,7 @@ nb_execution_mode = "off"
 prf_realtyp_to_countertyp = {"definition": "theorem"}
 booklatex_subtitle = "With 100 % proof"
 booklatex_front_title = "Before"
+booklatex_web_only = ["web/"]
 """
     + f"nb_mime_priority_overrides = {SETTINGS['nb_mime_priority_overrides']!r}\n"
 )
@@ -46,7 +47,7 @@ parts:
   - numbered: 3
     chapters: [{file: one}, {file: two}]
   - caption: Appendices
-    chapters: [{file: appendix, sections: [{file: below}]}]
+    chapters: [{file: appendix, sections: [{file: below}, {file: web/more}]}]
 """
 CHAPTER = """
 (NAME)=
@@ -161,7 +162,8 @@ def book(make_book, tmp_path_factory):
             "one.md": CHAPTER.replace("NAME", "one"),
             "two.md": CHAPTER.replace("NAME", "two"),
             "appendix.ipynb": notebook(),
-            "below.md": "# Below\n\nText.\n",
+            "below.md": "# Below\n\nText; {ref}`the web <more>`.\n",
+            "web/more.md": "(more)=\n# More on the web\n\nOnly there; {ref}`one`.\n",
         }
     )
     (tiny.root / "dot.png").write_bytes(PNG)
@@ -192,6 +194,12 @@ def test_the_order_of_a_book(tex: str) -> None:
     places = [tex.index(mark) for mark in marks]
     assert places == sorted(places)
     assert "\\bookpage{below}" not in tex  # it lies within another chapter's pages
+
+
+def test_pages_for_the_web_alone_are_left_out(book, tex: str) -> None:
+    assert "Only there" not in tex and "web/more" not in tex  # nor is there a link to it
+    assert "{the web}" in tex and "hyperref[\\detokenize{web" not in tex
+    assert "Only there" in (book["html"].out / "web/more.html").read_text("utf-8")
 
 
 def test_chapters_carry_the_numbers_of_the_html(book, tex: str) -> None:

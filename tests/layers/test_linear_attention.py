@@ -17,7 +17,7 @@ from parity import loud_
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from textbook_code.layers.attention import Attention
+from textbook_code.layers.attention import Attention, split_heads
 from textbook_code.layers.linear_attention import (
     FeatureMap,
     LinearAttention,
@@ -283,7 +283,7 @@ def test_under_autocast_the_sums_stay_in_float32():
     state = ours.make_state(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ours(x, state=state)
-        phi = elu_plus_one(ours._split(ours.k_proj(x)))
+        phi = elu_plus_one(split_heads(ours.k_proj(x), ours.num_kv_heads))
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16 and state.S.dtype == torch.float32
     torch.testing.assert_close(state.z, phi.float().sum(2))

@@ -810,18 +810,18 @@ MUTATIONS: dict[str, tuple[Callable[[], float], str, str]] = {
     ),
     "global: the local query is used": (
         longformer_against_its_parts,
-        "self._split(self.q_global_proj(asking))",
-        "self._split(self.q_proj(asking))",
+        "split_heads(self.q_global_proj(asking), self.num_heads)",
+        "split_heads(self.q_proj(asking), self.num_heads)",
     ),
     "global: the local keys are used": (
         longformer_against_its_parts,
-        "self._split(self.k_global_proj(x))",
-        "self._split(self.k_proj(x))",
+        "split_heads(self.k_global_proj(x), self.num_heads)",
+        "split_heads(self.k_proj(x), self.num_heads)",
     ),
     "global: the local values are used": (
         longformer_against_its_parts,
-        "self._split(self.v_global_proj(x))",
-        "self._split(self.v_proj(x))",
+        "split_heads(self.v_global_proj(x), self.num_heads)",
+        "split_heads(self.v_proj(x), self.num_heads)",
     ),
     "global: rows not replaced": (
         longformer_against_its_parts,

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -439,8 +440,8 @@ def inverse_sqrt(x: int) -> tuple[int, int]:
         x, right = x // 4, right + 1
     pairs = (32 - x.bit_length() - 1) // 2 - 1  # bring x to [2²⁷, 2²⁹)
     x, right = x << 2 * pairs, right - pairs
-    value = np.int64(x >> 1)
-    half, three_halves, y = rounding_divide(value, 1), (1 << 28) + (1 << 27), np.int64(1 << 28)
+    half, three_halves = rounding_divide(x >> 1, 1), (1 << 28) + (1 << 27)
+    y: Any = np.int64(1 << 28)
     for _ in range(5):
         cube = _shift_left(high_multiply(high_multiply(y, y), y), 6)
         y = _shift_left(high_multiply(three_halves, y) - high_multiply(half, cube), 3)
@@ -467,3 +468,135 @@ def rsqrt(x: ArrayLike, rescale: Rescale, *, x_zero: int, out_zero: int) -> Byte
         values[value] = int(to_int8(out, zero=out_zero))
     lookup: Callable[[int], int] = values.__getitem__
     return np.vectorize(lookup, otypes=[np.int8])(q)
+
+
+@dataclass(frozen=True)
+class LayerNormInt8:
+    r"""LayerNorm in one step from int8 to int8, where TensorFlow Lite makes a dozen operations of it.
+
+    With $d_i = D q_i - \sum_j q_j$ the zero point and the scale of the input cancel, but for ε:
+
+    $$\frac{x_i - \mu}{\sqrt{\sigma^2 + \varepsilon}} = \frac{d_i}{\sqrt{v}}, \qquad
+      v = \tfrac1D \textstyle\sum_j d_j^2 + \varepsilon D^2 / s_x^2$$
+
+    The sums are exact. Rounded are v, which has as many bits behind the point as leave it an int32, the
+    reciprocal root, the normalised number (to 14 bits behind the point), γ (to 12 bits) and the result.
+
+    Args:
+        gamma: (D,) γ in 12 bits.
+        beta: (D,) β at the scale of the products n γ.
+        fraction: bits of v behind the point, an even number.
+        epsilon: ε D² / s_x² with so many bits; at least 1, so that equal numbers are divided by something.
+        rescale: from the scale of the products to that of the output.
+        out_zero: zero point of the output.
+
+    Book: integer-layer-norm
+    """
+
+    gamma: Integers
+    beta: Integers
+    fraction: int
+    epsilon: int
+    rescale: Rescale
+    out_zero: int
+
+    @classmethod
+    def of(
+        cls,
+        weight: ArrayLike,
+        bias: ArrayLike,
+        *,
+        norm_eps: float,
+        x_scale: float,
+        out_scale: float,
+        out_zero: int,
+    ) -> "LayerNormInt8":
+        """From γ, β and ε of a float LayerNorm, and the scales.
+
+        Raises:
+            ValueError: γ and β are no vectors of one length, at most 360 long, or ε D² / s_x² is too large.
+
+        Book: integer-layer-norm
+        """
+        gamma, beta = np.asarray(weight, dtype=np.float64), np.asarray(bias, dtype=np.float64)
+        if gamma.ndim != 1 or gamma.shape != beta.shape or not 1 <= len(gamma) <= 360:
+            raise ValueError(
+                "weight, bias: expected two vectors of one length from 1 to 360, "
+                f"got {gamma.shape} and {beta.shape}"
+            )
+        largest = len(gamma) ** 2 * 2**14  # of D² σ² / s_x², since a byte is within 128 of any mean
+        fraction = (31 - largest.bit_length()) // 2 * 2
+        epsilon = max(1, round(norm_eps * len(gamma) ** 2 / x_scale**2 * 2**fraction))
+        if epsilon > 2**30:
+            raise ValueError(f"norm_eps: expected less than the variances, got {norm_eps} with s = {x_scale}")
+        step = max(float(np.abs(gamma).max()), 1e-12) / 2047
+        unit = step / 2**14  # of a product
+        offset = np.clip(np.rint(beta / unit), -(2**30), 2**30)
+        return cls(
+            np.rint(gamma / step).astype(np.int64),
+            offset.astype(np.int64),
+            fraction,
+            epsilon,
+            Rescale.of(unit / out_scale),
+            out_zero,
+        )
+
+    def __call__(self, x: ArrayLike) -> Bytes:
+        """Normalise the last axis.
+
+        Raises:
+            ValueError: the last axis has another length.
+
+        Book: integer-layer-norm
+        """
+        q = _int64(x)
+        width = len(self.gamma)
+        if q.shape[-1] != width:
+            raise ValueError(f"x: expected a last axis of {width}, got {q.shape}")
+        d = width * q - q.sum(-1, keepdims=True)
+        squares = (d * d).sum(-1) << self.fraction
+        v = np.minimum((squares + width // 2) // width + self.epsilon, INT32_MAX)
+        roots = np.array([inverse_sqrt(int(one)) for one in v.ravel()]).reshape(*v.shape, 2)
+        shift = roots[..., 1:] + 14 + self.fraction // 2
+        normal = multiply_by_quantized_multiplier(d, roots[..., :1], shift)  # in Q17.14
+        return to_int8(self.rescale(normal * self.gamma + self.beta), zero=self.out_zero)
+
+
+# Hardswish.
+
+
+def _high_multiply16(a: Integers, b: int) -> Integers:
+    product = a * b
+    nudged = product + np.where(product >= 0, 1 << 14, 1 - (1 << 14))
+    return np.minimum(np.where(nudged >= 0, nudged >> 15, -(-nudged >> 15)), 2**15 - 1)
+
+
+def _shift_left16(a: Integers, bits: int) -> Integers:
+    return np.clip(a << bits, -(2**15), 2**15 - 1)
+
+
+def hard_swish(x: ArrayLike, *, scales: tuple[float, float], zeros: tuple[int, int]) -> Bytes:
+    r"""$x \min(\max(x + 3, 0), 6) / 6$ in int16, as TensorFlow Lite's reference has it.
+
+    Args:
+        scales: s_x, s_y.
+        zeros: z_x, z_y.
+
+    Book: integer-multiplier
+    """
+
+    def factor(real: np.floating[Any]) -> tuple[int, int]:
+        mantissa, shift = quantize_multiplier(float(real))
+        return min((mantissa + (1 << 15)) >> 16, 2**15 - 1), shift
+
+    fine = np.float32(1 / 128) * np.float32(scales[0])
+    out_mantissa, out_shift = factor(fine / np.float32(scales[1]))
+    gate_mantissa, gate_shift = factor(fine / np.float32(3 / 32768))
+    value = (_int64(x) - zeros[0]) << 7
+    gate = _shift_left16(value, gate_shift - 1) if gate_shift > 0 else value
+    gate = _high_multiply16(gate, gate_mantissa)  # x / 3 in Q0.15, saturated to (−1, 1)
+    gate = _shift_left16(gate, 1) if gate_shift > 0 else rounding_divide(gate, -gate_shift)
+    gate = (gate + (1 << 15)) >> 1
+    product = gate * _high_multiply16(value, out_mantissa)
+    product = np.where(product >= 0, product >> 15, -(-product >> 15))
+    return to_int8(rounding_divide(product, max(-out_shift, 0)), zero=zeros[1])

@@ -31,7 +31,7 @@ class _Rounded(torch.autograd.Function):
     """Round to the grid and back; the gradient passes where the number was inside the range."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
         q = (x * (1 / scale)).round_().add_(zero)
         ctx.save_for_backward((q >= low) & (q <= high))
         return q.clamp_(low, high).sub_(zero).mul_(scale)
@@ -183,7 +183,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, *, low: int = -128, hi
 
     Book: quantize-qat
     """
-    out: Tensor = _Rounded.apply(x, scale, zero, low, high)  # type: ignore[no-untyped-call]
+    out: Tensor = _Rounded.apply(x, scale, zero, low, high)
     return out
 
 
@@ -266,7 +266,8 @@ class MovingAverage(MinMax):
         self.constant = constant
 
     def _together(self, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return tuple(a + self.constant * (b - a) for a, b in zip(old, new, strict=True))  # type: ignore[return-value]
+        low, high = (a + self.constant * (b - a) for a, b in zip(old, new, strict=True))
+        return low, high
 
 
 class _Keeping:
@@ -390,14 +391,17 @@ class QuantisationAware(nn.Module):
             raise ValueError("model: expected what fold(model) returns, got a model that is not folded")
         self.model: Any = copy.deepcopy(model)
         self.observer = observer
-        one = torch.zeros((), dtype=self.model.head.weight.dtype)
-        self.ranges: dict[str, Affine] = {"input": Affine(one + 1 / 128, one)}
-        self._softmax = Affine(one + 1 / 256, one - 128)
+        zero = torch.zeros((), dtype=next(model.parameters()).dtype)
+        self.ranges: dict[str, Affine] = {"input": Affine(zero + 1 / 128, zero)}
+        self._softmax = Affine(zero + 1 / 256, zero - 128)
         self._observers: dict[str, Observer] | None = None
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, *, batch_size: int = 64) -> None:
         """Choose all ranges anew from the float model's tensors on these pictures.
+
+        Ranges fit the weights that they were chosen with: a logit that wants to grow beyond its range has no
+        gradient there. So call this again from time to time in a training.
 
         Args:
             images: (n, C, image_size, image_size), as the model reads them.
@@ -425,8 +429,8 @@ class QuantisationAware(nn.Module):
             return x
         return self.ranges[name].fake(x)
 
-    def _weight(self, layer: nn.Module) -> Tensor:
-        weight: Any = layer.weight
+    def _weight(self, layer: Any) -> Tensor:
+        weight: Tensor = layer.weight
         return weight if self._observers is not None else Affine.of_weight(weight).fake(weight)
 
     def _linear(self, x: Tensor, layer: Any) -> Tensor:

@@ -11,6 +11,7 @@ Book: deploy-interpreter
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from textbook_code.compression import integer
 from textbook_code.compression.integer import Rescale
-from textbook_code.deploy.graph import Graph, Op, Tensor
+from textbook_code.deploy.graph import Graph, Op, Tensor, read
+from textbook_code.deploy.tflite import as_int8
 
 
-class UnsupportedOp(ValueError):
+class UnsupportedOpError(ValueError):
     """An operation that the interpreter has no kernel for.
 
     Book: deploy-interpreter
@@ -31,43 +33,31 @@ class UnsupportedOp(ValueError):
 Kernel = Callable[["Interpreter", Op, list[Any]], Any]
 
 
-def as_signed(rgb: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """The bytes of a picture as the model's input: less 128, which is a flip of the top bit.
-
-    Raises:
-        TypeError: the picture is not uint8.
-
-    Book: deploy-interpreter
-    """
-    if rgb.dtype != np.uint8:
-        raise TypeError(f"rgb: expected uint8, got {rgb.dtype}")
-    return (rgb ^ np.uint8(0x80)).view(np.int8)
-
-
 class Interpreter:
-    """Runs the operations of a graph in order.
+    """Runs the operations of a model in order.
 
     Args:
-        graph: of int8 activations, with one input and one output.
+        model: a graph of int8 activations with one input and one output, or a .tflite file of one.
 
     Raises:
-        UnsupportedOp: an operation without a kernel; the message names it and its layer.
+        FileNotFoundError, GraphError: as `read`.
+        UnsupportedOpError: an operation without a kernel; the message names it and its layer.
 
     Book: deploy-interpreter
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, model: Graph | str | Path | bytes) -> None:
+        graph = self.graph = model if isinstance(model, Graph) else read(model)
         for op in graph.ops:
             if op.kind not in KERNELS:
-                raise UnsupportedOp(
-                    f"graph: no kernel for {op.kind} in layer {graph.layer(op)!r}; "
+                raise UnsupportedOpError(
+                    f"model: no kernel for {op.kind} in layer {graph.layer(op)!r}; "
                     f"there is one for {', '.join(sorted(KERNELS))}"
                 )
             for index in (i for i in (*op.inputs, *op.outputs) if i >= 0):
                 if graph.tensors[index].dtype not in ("int8", "int32"):
-                    raise UnsupportedOp(
-                        f"graph: {op.kind} in layer {graph.layer(op)!r} works on "
+                    raise UnsupportedOpError(
+                        f"model: {op.kind} in layer {graph.layer(op)!r} works on "
                         f"{graph.tensors[index].dtype}, expected int8"
                     )
 
@@ -99,9 +89,15 @@ class Interpreter:
         Args:
             images: (n, height, width, 3) uint8.
 
+        Raises:
+            TypeError: another dtype.
+            ValueError: another shape.
+
         Book: deploy-interpreter
         """
-        out = [self.run(image[None])[self.graph.outputs[0]].item() for image in as_signed(images)]
+        if images.dtype != np.uint8:
+            raise TypeError(f"images: expected uint8, got {images.dtype}")
+        out = [self.run(image[None])[self.graph.outputs[0]].item() for image in as_int8(images)]
         return np.array(out, dtype=np.int8)
 
     def tensors(self, op: Op) -> tuple[list[Tensor], Tensor]:
@@ -130,7 +126,7 @@ def _clamp(op: Op, out: Tensor) -> tuple[int, int]:
     zero, scale = _zero(out), float(_scale(out))
     bounds = {"NONE": (-math.inf, math.inf), "RELU": (0, math.inf), "RELU6": (0, 6)}
     if activation not in bounds:
-        raise UnsupportedOp(f"{op.kind}: expected one of {', '.join(bounds)}, got {activation}")
+        raise UnsupportedOpError(f"{op.kind}: expected one of {', '.join(bounds)}, got {activation}")
     low, high = (zero + bound / scale for bound in bounds[activation])
     return int(max(-128, low)), int(min(127, high + 0.5))
 
@@ -153,7 +149,7 @@ def _patch_conv(self: Interpreter, op: Op, given: list[Any]) -> Any:
     stride, window = (op.options["stride_h"], op.options["stride_w"]), given[1].shape[1:3]
     if stride != window:
         layer = self.graph.layer(op)
-        raise UnsupportedOp(f"CONV_2D in layer {layer!r}: expected the stride {window}, got {stride}")
+        raise UnsupportedOpError(f"CONV_2D in layer {layer!r}: expected the stride {window}, got {stride}")
     return _matrix(integer.patch_conv)(self, op, given)
 
 
@@ -169,7 +165,7 @@ def _batch_matmul(self: Interpreter, op: Op, given: list[Any]) -> Any:
 def _softmax(self: Interpreter, op: Op, given: list[Any]) -> Any:
     (x,), out = self.tensors(op)
     if (out.scale, out.zero_point) != ((1 / 256,), (-128,)):
-        raise UnsupportedOp(f"SOFTMAX: expected an output at 1/256 and -128, got {out.scale}")
+        raise UnsupportedOpError(f"SOFTMAX: expected an output at 1/256 and -128, got {out.scale}")
     return integer.softmax(given[0], integer.softmax_table(x.scale[0], op.options.get("beta", 1.0)))
 
 
@@ -206,6 +202,11 @@ def _rsqrt(self: Interpreter, op: Op, given: list[Any]) -> Any:
     return integer.rsqrt(given[0], rescale, x_zero=_zero(x), out_zero=_zero(out))
 
 
+def _hard_swish(self: Interpreter, op: Op, given: list[Any]) -> Any:
+    (x,), out = self.tensors(op)
+    return integer.hard_swish(given[0], scales=(x.scale[0], out.scale[0]), zeros=(_zero(x), _zero(out)))
+
+
 def _reshape(self: Interpreter, op: Op, given: list[Any]) -> Any:
     return given[0]
 
@@ -225,6 +226,7 @@ KERNELS: dict[str, Kernel] = {
     "SQUARED_DIFFERENCE": _pair(integer.squared_difference),
     "MEAN": _mean,
     "RSQRT": _rsqrt,
+    "HARD_SWISH": _hard_swish,
     "RESHAPE": _reshape,
     "TRANSPOSE": _transpose,
 }

@@ -157,6 +157,22 @@ def _with_causal(attn_mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -
     return earlier if attn_mask is None else attn_mask & earlier
 
 
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Give each head its share of every vector: (B, T, H Dh) to (B, H, T, Dh).
+
+    Book: attention-multi-head
+    """
+    return x.view(x.size(0), x.size(1), num_heads, x.size(2) // num_heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """Put the heads' vectors side by side again: (B, H, T, Dh) to (B, T, H Dh).
+
+    Book: attention-multi-head
+    """
+    return x.transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     r"""Multi-head attention; with fewer key/value heads, multi-query or grouped-query attention.
 
@@ -260,14 +276,14 @@ class Attention(nn.Module):
             expect_dtype("context", context, self.k_proj.weight.dtype)
             if rotary is not None:
                 raise ValueError("rotary: expected None with a context, whose positions are others than x's")
-        q = self._split(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
+        q = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
         q = q if self.qk_norm is None else self.qk_norm.queries(q)
         if context is not None and cache is not None and cache.length:
             k, v = cache.stored
         else:
             source = x if context is None else context
-            k = self._split(self.k_proj(source), self.num_kv_heads)  # (B, K, S, Dh)
-            v = self._split(self.v_proj(source), self.num_kv_heads)
+            k = split_heads(self.k_proj(source), self.num_kv_heads)  # (B, K, S, Dh)
+            v = split_heads(self.v_proj(source), self.num_kv_heads)
             k = k if self.qk_norm is None else self.qk_norm.keys(k)
             if rotary is not None:
                 q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -278,18 +294,12 @@ class Attention(nn.Module):
             out, weights = attention(
                 q, k, v, attn_mask, causal=causal, score_bias=score_bias, dropout=dropout, scale=self.scale
             )
-            return self._merge(out), weights
+            return self.out_proj(merge_heads(out)), weights
         out = fused_attention(
             q, k, v, attn_mask, causal=causal, score_bias=score_bias, dropout=dropout, scale=self.scale
         )
         del q, k, v  # their memory serves the last projection
-        return self._merge(out)
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(x.size(0), x.size(1), heads, self.head_dim).transpose(1, 2)  # (B, heads, T, Dh)
-
-    def _merge(self, out: Tensor) -> Tensor:
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.out_proj(merge_heads(out))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, merge_heads, split_heads
 from .checks import expect_bool, expect_divides, expect_dtype, expect_ids, expect_shape
 from .masks import causal_mask
 from .positions import rotate
@@ -788,7 +788,9 @@ class LinearAttention(nn.Module):
         expect_dtype("x", x, self.q_proj.weight.dtype)
         if token_mask is not None:
             _check_token_mask(token_mask, x.size(0), x.size(1))
-        q, k, v = self._split(self.q_proj(x)), self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        q = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
+        k = split_heads(self.k_proj(x), self.num_kv_heads)  # (B, K, T, Dh)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out = linear_attention(
@@ -801,10 +803,7 @@ class LinearAttention(nn.Module):
             eps=self.eps,
             state=state,
         )
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, Dh)
+        return self.out_proj(merge_heads(out))  # (B, T, D)
 
     def extra_repr(self) -> str:
         return (

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, fused_attention
+from .attention import Attention, fused_attention, merge_heads, split_heads
 from .cache import KVCache, RollingCache
 from .checks import expect_bool, expect_divides, expect_dtype, expect_shape
 from .masks import block_local_mask, expect_blocks, key_mask, sliding_window_mask, symmetric_window_mask
@@ -356,9 +356,9 @@ class LocalAttention(nn.Module):
         """
         expect_shape("x", x, "B T D", D=self.d_model)
         expect_dtype("x", x, self.q_proj.weight.dtype)
-        q = self._split(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
-        k = self._split(self.k_proj(x), self.num_kv_heads)  # (B, K, T, Dh)
-        v = self._split(self.v_proj(x), self.num_kv_heads)
+        q = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, Dh)
+        k = split_heads(self.k_proj(x), self.num_kv_heads)  # (B, K, T, Dh)
+        v = split_heads(self.v_proj(x), self.num_kv_heads)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         token_mask = self._token_mask(attn_mask, x, cache)
@@ -378,10 +378,7 @@ class LocalAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             scale=self.scale,
         )
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
-
-    def _split(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(x.size(0), x.size(1), heads, self.head_dim).transpose(1, 2)  # (B, heads, T, Dh)
+        return self.out_proj(merge_heads(out))  # (B, T, D)
 
     def _token_mask(self, attn_mask: Tensor | None, x: Tensor, cache: KVCache | None) -> Tensor | None:
         """(B, 1, 1, S) → (B, S), S all positions so far."""

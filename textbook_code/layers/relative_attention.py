@@ -14,7 +14,7 @@ Book: shaw-positions, deberta-positions
 import torch
 from torch import Tensor, nn
 
-from .attention import attention, fused_attention
+from .attention import attention, fused_attention, merge_heads, split_heads
 from .checks import expect_divides, expect_dtype, expect_shape
 from .positions.content import (
     disentangled_index,
@@ -90,14 +90,14 @@ class ShawAttention(nn.Module):
         Book: shaw-positions
         """
         _expect_input(x, self.d_model, self.q_proj)
-        q, k, v = (_split(p(x), self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (split_heads(p(x), self.num_heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         bias = relative_scores(q, self.key_table, x.size(1)) * self.head_dim**-0.5
         if self.value_table is None:
             out = fused_attention(q, k, v, attn_mask, causal=causal, score_bias=bias)
         else:
             out, weights = attention(q, k, v, attn_mask, causal=causal, score_bias=bias)
             out = out + relative_values(weights, self.value_table)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.out_proj(merge_heads(out))
         return projected
 
     def extra_repr(self) -> str:
@@ -173,13 +173,13 @@ class DisentangledAttention(nn.Module):
         expect_shape("places", places, "places D", places=2 * self.span, D=self.d_model)
         expect_dtype("places", places, self.q_proj.weight.dtype)
         T, H, scale = x.size(1), self.num_heads, (3 * self.head_dim) ** -0.5
-        q, k, v = (_split(p(x), H) for p in (self.q_proj, self.k_proj, self.v_proj))
-        place_q = _split((self.place_q_proj or self.q_proj)(places)[None], H)[0]  # (H, 2·span, Dh)
-        place_k = _split((self.place_k_proj or self.k_proj)(places)[None], H)[0]
+        q, k, v = (split_heads(p(x), H) for p in (self.q_proj, self.k_proj, self.v_proj))
+        place_q = split_heads((self.place_q_proj or self.q_proj)(places)[None], H)[0]  # (H, 2·span, Dh)
+        place_k = split_heads((self.place_k_proj or self.k_proj)(places)[None], H)[0]
         index = disentangled_index(T, T, self.span, max_distance=self.max_distance, device=x.device)
         bias = disentangled_scores(q, k, place_q, place_k, index) * scale
         out = fused_attention(q, k, v, attn_mask, causal=causal, score_bias=bias, scale=scale)
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.out_proj(merge_heads(out))
         return projected
 
     def extra_repr(self) -> str:
@@ -198,7 +198,3 @@ def _head_dim(d_model: int, num_heads: int, head_dim: int | None) -> int:
 def _expect_input(x: Tensor, d_model: int, proj: nn.Linear) -> None:
     expect_shape("x", x, "B T D", D=d_model)
     expect_dtype("x", x, proj.weight.dtype)
-
-
-def _split(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, heads, T, Dh)

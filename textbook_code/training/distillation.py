@@ -65,6 +65,29 @@ def soft_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> 
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
 
 
+def one_logit_soft_loss(student: Tensor, teacher: Tensor, *, temperature: float = 2.0) -> Tensor:
+    r"""`soft_loss` of two answers that share one logit, yes against no.
+
+    A logit z is the difference of two, so that the softened distribution is that of $(0, z)$,
+
+    $$\mathrm{softmax}(0, z / \tau) = \bigl(1 - \sigma(z / \tau),\; \sigma(z / \tau)\bigr).$$
+
+    Args:
+        student: (n,) logits.
+        teacher: (n,) logits; no gradient flows into them.
+        temperature: τ.
+
+    Raises:
+        ValueError: as `soft_loss`.
+
+    Book: person-distill
+    """
+    expect_shape("student", student, "n")
+    expect_shape("teacher", teacher, "n", n=student.size(0))
+    two = [torch.stack([torch.zeros_like(z), z], dim=-1) for z in (student, teacher)]
+    return soft_loss(two[0], two[1], temperature=temperature)
+
+
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     r"""One minus the cosine of the angle between two hidden states, averaged over n positions.
 

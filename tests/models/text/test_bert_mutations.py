@@ -85,19 +85,19 @@ kernel("weights without gradient", lambda q, k, v, m: written_out(q.detach(), k.
 
 @mutation("heads interleaved")
 def _(model: BertForPreTraining, patch: pytest.MonkeyPatch) -> None:
-    def split(self: attention_module.Attention, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (self.head_dim, heads)).permute(0, 3, 1, 2)
+    def split(x: Tensor, num_heads: int) -> Tensor:
+        return x.unflatten(-1, (-1, num_heads)).permute(0, 3, 1, 2)
 
-    patch.setattr(attention_module.Attention, "_split", split)
+    patch.setattr(attention_module, "split_heads", split)
 
 
 @mutation("heads joined without moving them back")
 def _(model: BertForPreTraining, patch: pytest.MonkeyPatch) -> None:
-    def merge(self: attention_module.Attention, out: Tensor) -> Tensor:
-        B, H, T, Dh = out.shape
-        return self.out_proj(out.reshape(B, T, H * Dh))
+    def merge(x: Tensor) -> Tensor:
+        B, H, T, Dh = x.shape
+        return x.reshape(B, T, H * Dh)
 
-    patch.setattr(attention_module.Attention, "_merge", merge)
+    patch.setattr(attention_module, "merge_heads", merge)
 
 
 def without_bias(name: str, of: str) -> None:

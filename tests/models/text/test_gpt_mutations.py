@@ -87,10 +87,10 @@ kernel(
 
 @mutation("heads interleaved")
 def _(model: GptForCausalLM, patch: pytest.MonkeyPatch) -> None:
-    def split(self: attention_module.Attention, x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(-1, (self.head_dim, heads)).permute(0, 3, 1, 2)
+    def split(x: Tensor, num_heads: int) -> Tensor:
+        return x.unflatten(-1, (-1, num_heads)).permute(0, 3, 1, 2)
 
-    patch.setattr(attention_module.Attention, "_split", split)
+    patch.setattr(attention_module, "split_heads", split)
 
 
 @mutation("queries and keys cut out of the packed matrix in the wrong order")

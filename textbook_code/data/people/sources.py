@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.resources import files
@@ -31,7 +32,7 @@ SOURCES = ("emoji", "pedestrians", "faces", "photographs")
 SPLITS = ("train", "validation", "test")
 
 _FONTS = ("google", "twitter")
-_RULE = 1  # raised when the same files would give other emoji pictures
+_RULE = 2  # raised when the same files would give other emoji pictures
 _PEOPLE = {
     "family",
     "person",
@@ -183,10 +184,9 @@ def concept(entry: dict[str, Any]) -> str:
     signs = [sign for sign in entry["unified"].split("-") if sign not in _TURNS]
     if subcategory not in _PEOPLE:
         return entry["unified"]
-    others = [sign for sign in signs if sign not in _PERSON_SIGNS]
-    if others:
-        return others[0]
-    return "person" if subcategory == "person" else signs[0]
+    if subcategory == "person":  # whatever the hair: some of these are drawn alike
+        return subcategory
+    return next((sign for sign in signs if sign not in _PERSON_SIGNS), signs[0])
 
 
 def is_person(entry: dict[str, Any]) -> bool | None:
@@ -237,7 +237,7 @@ def _emoji() -> tuple[Pictures, list[str]]:
     try:
         with np.load(kept, allow_pickle=False) as found:
             pixels, labels, groups = found["pixels"], found["labels"], found["groups"].tolist()
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pixels, labels, groups = _draw_emoji()
         kept.parent.mkdir(parents=True, exist_ok=True)
         with moved_into_place(kept) as partial, partial.open("wb") as file:

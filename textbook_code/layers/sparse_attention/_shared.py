@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import merge_heads, split_heads
 from ..checks import expect_divides, expect_dtype, expect_shape
 
 
@@ -67,13 +68,15 @@ class _SelfAttention(nn.Module):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         expect_shape("x", x, "B T D", D=self.d_model)
         expect_dtype("x", x, self.q_proj.weight.dtype)
-        return self._split(self.q_proj(x)), self._split(self.k_proj(x)), self._split(self.v_proj(x))
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, T, Dh)
+        H = self.num_heads
+        return (
+            split_heads(self.q_proj(x), H),
+            split_heads(self.k_proj(x), H),
+            split_heads(self.v_proj(x), H),
+        )  # (B, H, T, Dh) each
 
     def _merge(self, out: Tensor) -> Tensor:
-        return self.out_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.out_proj(merge_heads(out))  # (B, T, D)
 
     @property
     def _dropout_now(self) -> float:

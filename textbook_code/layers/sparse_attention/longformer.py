@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import fused_attention
+from ..attention import fused_attention, split_heads
 from ..checks import expect_bool, expect_shape
 from ..masks import key_mask, symmetric_window_mask
 from ._shared import _SelfAttention, expect_positive, expect_qkv, in_blocks, joint_weights
@@ -375,9 +375,9 @@ class LongformerAttention(_SelfAttention):
         """Put what the global tokens gather, G full rows, in place of their rows."""
         asking = x.gather(1, found.places[..., None].expand(-1, -1, x.size(-1)))  # (B, G, D)
         rows = fused_attention(
-            self._split(self.q_global_proj(asking)),
-            self._split(self.k_global_proj(x)),
-            self._split(self.v_global_proj(x)),
+            split_heads(self.q_global_proj(asking), self.num_heads),
+            split_heads(self.k_global_proj(x), self.num_heads),
+            split_heads(self.v_global_proj(x), self.num_heads),
             None if token_mask is None else key_mask(token_mask),
             dropout=self._dropout_now,
         )  # (B, H, G, Dh)

@@ -17,12 +17,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textbook_code.layers.attention import Attention
 from textbook_code.layers.checks import expect_divides, expect_sizes
 from textbook_code.layers.embeddings import PatchEmbedding
-from textbook_code.layers.feed_forward import FeedForward
+from textbook_code.layers.feed_forward import ACTIVATIONS, FeedForward
 from textbook_code.layers.norms import BatchNorm, LayerNorm
 from textbook_code.pretrained import Pretrained
 from textbook_code.weights import Packed, Rule
@@ -64,11 +65,104 @@ class TinyViTConfig:
         expect_divides("num_heads", self.num_heads, "d_model", self.d_model)
         if self.norm not in NORMS:
             raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {self.norm!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
 
     @property
     def num_patches(self) -> int:
         """N."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """The numbers in one patch, C · patch_size²."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def _matrix_sizes(self) -> tuple[int, int]:
+        """The weights of all matrices, and the rows that they have together: one output number each."""
+        D, F, L = self.d_model, self.d_ff, self.num_layers
+        weights = self.patch_dim * D + L * (4 * D * D + 2 * D * F) + D
+        return weights, D + L * (5 * D + F) + 1
+
+    @property
+    def _norm_parameters(self) -> int:
+        return 0 if self.norm == "none" else (2 * self.num_layers + 1) * 2 * self.d_model
+
+    @property
+    def num_parameters(self) -> int:
+        r"""How many numbers are trained, the norms' included.
+
+        $$D\,C p^2 + N D + L\,(4 D^2 + 2 D F) + D \;+\; \text{biases } D + L\,(5 D + F) + 1
+          \;+\; \text{norms } (2 L + 1)\, 2 D$$
+
+        Book: tiny-vit-sizes
+        """
+        weights, biases = self._matrix_sizes
+        return weights + biases + self.num_patches * self.d_model + self._norm_parameters
+
+    @property
+    def macs(self) -> int:
+        r"""Multiply-accumulate operations for one image, in matrix products alone.
+
+        $$N D\,C p^2 + L\,(4 N D^2 + 2 N^2 D + 2 N D F) + D$$
+
+        Norms, the softmax, activations and sums are not counted; with BatchNorm the first cost nothing once
+        they are folded.
+
+        Book: tiny-vit-sizes
+        """
+        N, D, F = self.num_patches, self.d_model, self.d_ff
+        block = 4 * N * D * D + 2 * N * N * D + 2 * N * D * F
+        return N * D * self.patch_dim + self.num_layers * block + D
+
+    @property
+    def peak_activation_bytes(self) -> int:
+        r"""The most bytes of activations alive at once, int8, with one operation done after another.
+
+        An operation needs all that it reads, all that it writes, and what a later one still reads. The
+        greatest of these sums is, with S for image_size,
+
+        $$\max\{\, C S^2 + N D,\;\; 4 N D + H N^2,\;\; 2 N D + 2 H N^2,\;\; 3 N D + H N^2,\;\;
+          2 N D + N F \,\}$$
+
+        for the patches, the scores (the sum, the queries, keys and values, the scores), the softmax (the
+        sum, the values, scores and weights), the weighted values, and the last matrix of the feed-forward
+        network; LayerNorm adds 5 N D for the values' projection, an activation that does not go into the
+        matrix before it, as ReLU does, N D + 2 N F. BatchNorm is taken as folded. No operation writes over
+        what it reads, and no head is computed apart: a program that does either needs less.
+
+        Book: tiny-vit-sizes
+        """
+        ND, NF = self.num_patches * self.d_model, self.num_patches * self.d_ff
+        scores = self.num_heads * self.num_patches**2
+        alive = [
+            self.in_channels * self.image_size**2 + ND,
+            4 * ND + scores,  # the scores
+            2 * ND + 2 * scores,  # the softmax
+            3 * ND + scores,  # the weighted values; the sum after the projection, 3 ND, is less
+            2 * ND + NF,
+        ]
+        if self.norm == "layer":
+            alive.append(5 * ND)  # x, norm(x), q, k and v
+        if self.activation != "relu":
+            alive.append(ND + 2 * NF)
+        return max(alive)
+
+    @property
+    def flash_bytes(self) -> int:
+        r"""Bytes of constants of the int8 model, without the program.
+
+        One for each weight and each number of the position table, and of a LayerNorm that stays; for each
+        output number of a matrix nine: its bias and its multiplier, 32 bits each, and the multiplier's shift.
+
+        $$D\,C p^2 + N D + L\,(4 D^2 + 2 D F) + D + 9\,(D + L\,(5 D + F) + 1)$$
+
+        Book: tiny-vit-sizes
+        """
+        weights, rows = self._matrix_sizes
+        norms = self._norm_parameters if self.norm == "layer" else 0
+        return weights + self.num_patches * self.d_model + norms + 9 * rows
 
 
 def _norm(config: TinyViTConfig) -> nn.Module:
@@ -82,12 +176,18 @@ def _norm(config: TinyViTConfig) -> nn.Module:
 class TokenBatchNorm(BatchNorm):
     """BatchNorm of each of the D numbers of a vector, over all patches of all images of the batch.
 
+    In training it is torch's kernel that computes it, in an eighth of the time.
+
     Book: tiny-vit-norm
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (B, N, D)."""
-        return super().forward(x.flatten(0, 1)).view_as(x)
+        rows = x.flatten(0, 1)
+        if not self.training:
+            return super().forward(rows).view_as(x)
+        kept = self.running_mean, self.running_var, self.weight, self.bias
+        return F.batch_norm(rows, *kept, training=True, momentum=self.momentum, eps=self.norm_eps).view_as(x)
 
 
 class TinyViTBlock(nn.Module):
@@ -103,9 +203,12 @@ class TinyViTBlock(nn.Module):
         self.ffn_norm = _norm(config)
         self.ffn = FeedForward(config.d_model, config.d_ff, activation=config.activation)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (B, N, D) to (B, N, D); returns with it the attention weights (B, H, N, N)."""
-        attended, weights = self.attn(self.attn_norm(x), need_weights=True)
+    def forward(self, x: Tensor, *, need_weights: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Map (B, N, D) to (B, N, D); returns with it the attention weights (B, H, N, N), if needed."""
+        normed = self.attn_norm(x)
+        attended, weights = (
+            self.attn(normed, need_weights=True) if need_weights else (self.attn(normed), None)
+        )
         x = x + attended
         return x + self.ffn(self.ffn_norm(x)), weights
 
@@ -171,17 +274,21 @@ class TinyViT(Pretrained, nn.Module):
 
         Book: tiny-vit
         """
-        return self.attended(images)[0]
+        # what is exported is the written-out path; training takes the fused one, which is faster
+        return self._run(images, need_weights=not self.training)[0]
 
     def attended(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As `forward`, and with the logits the attention weights (B, H, N, N) of each layer.
 
         Book: tiny-vit
         """
+        return self._run(images, need_weights=True)
+
+    def _run(self, images: Tensor, *, need_weights: bool) -> tuple[Tensor, list[Any]]:
         x = self.patch_embed(images) + self.pos_embed  # (B, N, D)
         maps = []
         for block in self.blocks:
-            x, weights = block(x)
+            x, weights = block(x, need_weights=need_weights)
             maps.append(weights)
         return self.head(self.final_norm(x).mean(1)).squeeze(-1), maps
 

@@ -1,0 +1,112 @@
+"""Training a network of one logit on pictures of several sources, and asking it for its logits.
+
+B batch, n pictures.
+
+Book: tiny-model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from textbook_code.data.people import Pictures, augment, examination, model_input
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, 32, 32) as the model reads them, and labels (B,), 1.0 for a person."""
+
+
+def balanced_batches(
+    shares: Mapping[str, float],
+    pictures: Mapping[str, Pictures],
+    *,
+    batch_size: int,
+    backgrounds: Tensor | None = None,
+    strength: float = 1.0,
+) -> Callable[[int, torch.Generator], Batch]:
+    """Batches in which each source has its share and, within it, both answers are equally often right.
+
+    Without that a network would do well by answering what the largest source answers most.
+
+    Args:
+        shares: of each source in a batch; they are scaled to a sum of 1.
+        pictures: of each source, to draw from with replacement.
+        batch_size: B.
+        backgrounds, strength: as `augment` takes them.
+
+    Returns:
+        A function of the batch's number, which is not used, and a generator, as `training.loop.train` wants.
+
+    Raises:
+        ValueError: there is no share, one is not positive, a source has no pictures or only one of the two
+            answers, or the batch has fewer than two places.
+
+    Book: person-augment
+    """
+    if not shares or min(shares.values()) <= 0:
+        raise ValueError(f"shares: expected one or more sources with a positive share, got {dict(shares)!r}")
+    if batch_size < 2:
+        raise ValueError(f"batch_size: expected at least 2, got {batch_size}")
+    parts: list[tuple[float, Pictures, tuple[Tensor, Tensor]]] = []
+    for name, share in shares.items():
+        if name not in pictures:
+            raise ValueError(f"pictures: expected those of {name!r}, got {', '.join(pictures) or 'none'}")
+        labels = pictures[name].labels
+        both = ((~labels).nonzero().squeeze(1), labels.nonzero().squeeze(1))
+        if not all(len(places) for places in both):
+            raise ValueError(f"pictures: expected people and others in {name!r}, got one of the two only")
+        parts.append((share / sum(shares.values()), pictures[name], both))
+
+    def batch_at(number: int, generator: torch.Generator) -> Batch:
+        images, labels = [], []
+        left, share_left = batch_size, 1.0
+        for share, source, both in parts:
+            count = round(left * share / share_left)
+            left, share_left = left - count, share_left - share
+            answer = torch.rand(count, generator=generator) < 0.5
+            draw = torch.rand(count, generator=generator)
+            places = torch.empty(count, dtype=torch.long)
+            for which, known in enumerate(both):
+                here = answer == bool(which)
+                places[here] = known[(draw[here] * len(known)).long().clamp(max=len(known) - 1)]
+            chosen = source[places]
+            images.append(augment(chosen, generator, backgrounds=backgrounds, strength=strength))
+            labels.append(chosen.labels.float())
+        return torch.cat(images), torch.cat(labels)
+
+    return batch_at
+
+
+def one_logit_loss(model: nn.Module, batch: Batch) -> Tensor:
+    r"""Binary cross-entropy of a network's logits z with the labels y, in nats, averaged.
+
+    $$\mathcal L = -\frac1B \sum_b y_b \log \sigma(z_b) + (1 - y_b) \log (1 - \sigma(z_b))$$
+
+    Book: tiny-model
+    """
+    images, labels = batch
+    return F.binary_cross_entropy_with_logits(model(images), labels)
+
+
+@torch.no_grad()
+def examined_logits(model: nn.Module, pictures: Pictures, *, batch_size: int = 128) -> Tensor:
+    """The logits (n,) that a model gives the examination pictures; above 0 it says person.
+
+    The model is evaluated, and left in the mode that it was in.
+
+    Raises:
+        ValueError: there are no pictures.
+
+    Book: person-metrics
+    """
+    if not len(pictures):
+        raise ValueError("pictures: expected at least one, got none")
+    training = model.training
+    model.eval()
+    images = model_input(examination(pictures))
+    logits = torch.cat([model(part) for part in images.split(batch_size)])
+    model.train(training)
+    return logits
