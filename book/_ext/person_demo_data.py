@@ -29,8 +29,8 @@ NAMES = {"pedestrians": ("the place of pedestrian {}, empty", "pedestrian {}")}
 LICENCES = "pedestrians/README.md"  # which their licences ask to go with the pictures
 CREDITS = (
     "Pictograms, shrunk to 32 × 32: Noto Emoji, © Google, Apache 2.0, and Twemoji, © Twitter, Inc. and other "
-    "contributors, CC BY 4.0. Photographs: crops of vtest.avi, a sample of OpenCV, © its contributors, Apache 2.0 and "
-    "BSD 3-Clause."
+    "contributors, CC BY 4.0. Photographs: crops of vtest.avi, a sample of OpenCV, © its contributors, "
+    "Apache 2.0 and BSD 3-Clause."
 )
 
 
@@ -107,7 +107,8 @@ def write(model: Path, target: Path) -> None:
         built = wasm.build(model, work / "person.wasm")
         pictures = samples()
         (work / "data" / "person-data.js").write_text(script(built.read_bytes(), pictures), "ascii")
-        shutil.copyfile(files("textbook_code.data") / LICENCES, work / "data" / "licence-of-pedestrians.md")
+        notice = (files("textbook_code.data") / LICENCES).read_text("utf-8")
+        (work / "data" / "licence-of-pedestrians.md").write_text(notice, "utf-8")
         still(wasm.Module(built), [*pictures[:2], *pictures[-2:]], (work / "still.svg", work / "still.pdf"))
         if target.exists():
             shutil.rmtree(target)
