@@ -16,6 +16,7 @@ import numpy as np
 import person_demo
 import person_demo_data
 import pytest
+from built_pages import served
 from PIL import Image
 
 from textbook_code.data import people
@@ -449,6 +450,23 @@ def test_accessible_and_no_wider_than_the_screen(page: Page, width: int, theme: 
     assert page.evaluate(
         "document.querySelector('.pn').scrollWidth <= document.querySelector('.pn').clientWidth"
     )
+
+
+@pytest.mark.browser
+def test_served_on_this_machine(chromium: Browser, built: Path, module: wasm.Module) -> None:
+    """From a server too, everything is asked for once, at the start, and nothing when pictures are given."""
+    with served(built) as address, chromium.new_context() as context:
+        tab = context.new_page()
+        asked: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{address}index.html")
+        tab.wait_for_selector(READY)
+        assert all(url.startswith(address) for url in asked)
+        before = len(asked)
+        tab.locator(".pn-sample input").nth(3).check()
+        give(tab, "some.png", encoded(np.zeros((50, 50, 3), np.uint8)))
+        assert answer(tab) == module.logits(np.zeros((1, 32, 32, 3), np.uint8))[0]
+        assert len(asked) == before
 
 
 @pytest.mark.browser
