@@ -47,10 +47,10 @@ def test_version(run) -> None:
 
 def test_without_arguments_the_commands_are_listed(run) -> None:
     _, out, err = run()
-    assert all(command in out + err for command in ("doctor", "fetch", "check", "version"))
+    assert all(command in out + err for command in ("doctor", "fetch", "check", "version", "export", "predict"))
 
 
-@pytest.mark.parametrize("command", ["version", "fetch", "check", "doctor"])
+@pytest.mark.parametrize("command", ["version", "fetch", "check", "doctor", "export", "predict"])
 def test_help_speaks_to_the_reader_alone(run, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0 and "Usage:" in out and "Book:" not in out

@@ -1,4 +1,4 @@
-"""The command ``textbook-code``: see what is installed, fetch data, check an answer.
+"""The command ``textbook-code``: see what is installed, fetch data, check an answer, deploy the person model.
 
 Exit status: 0 when all is well, 1 when something asked for failed, 2 when the question itself was wrong.
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -19,6 +20,7 @@ from rich.console import Console
 import textbook_code
 
 if TYPE_CHECKING:
+    from textbook_code.deploy.runtimes import Decision
     from textbook_code.exercises import Exercise
 
 app = typer.Typer(
@@ -151,6 +153,103 @@ def _line_in_answer(exercise: Exercise, error: BaseException) -> str:
     here = f"<{exercise.name}>"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == here]
     return f", line {lines[-1]}," if lines else ""
+
+
+@app.command()
+def export(
+    kind: Annotated[str, typer.Argument(help="What for: onnx, tflite, c, mcu or wasm.")],
+    folder: Annotated[Path, typer.Argument(help="Where to, a new or empty folder.")],
+    model: Annotated[str, typer.Option(help="A checkpoint, a folder, or a .tflite file.")] = "person-vit",
+    kernels: Annotated[str, typer.Option(help="Of the C: fast or plain.")] = "fast",
+    board: Annotated[str, typer.Option(help="Of the microcontroller.")] = "mps2-an500",
+    max_flash: Annotated[int | None, typer.Option(help="Refuse more bytes of constants.")] = None,
+    max_ram: Annotated[int | None, typer.Option(help="Refuse a larger arena, in bytes.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write the person model for another runtime, and print the files.
+    \f
+    Book: deploy-cli
+    """
+    from textbook_code.deploy.export import export as write
+
+    with _deploying() as say:
+        files = write(
+            kind, model, folder, kernels=kernels, board=board,
+            max_flash=max_flash, max_ram=max_ram, force=force, say=say,
+        )  # fmt: skip
+    _print_columns(("file", "bytes"), [(str(file), f"{file.stat().st_size:,}") for file in files])
+
+
+@app.command()
+def predict(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
+    runtime: Annotated[str, typer.Option(help="Where it runs, such as torch, onnx, tflm, c; or all.")] = "c",
+    model: Annotated[str, typer.Option(help="A checkpoint, a folder, or a .tflite file.")] = "person-vit",
+    frame: Annotated[int | None, typer.Option(help="Which picture of an animation, from 0.")] = None,
+) -> None:
+    """Say of each picture whether a person is in it.
+
+    The middle square is brought to 32 × 32 pixels. With --runtime all, every runtime is asked, and one table
+    says where they agree. What cannot be read is named, and the others are still looked at.
+    \f
+    Book: deploy-cli
+    """
+    import numpy as np
+
+    from textbook_code.deploy import images, runtimes
+
+    with _deploying() as say:
+        runtime == "all" or runtimes.find(runtime)
+        say("reading the pictures")
+        seen: dict[Path, np.ndarray] = {}
+        unread: list[str] = []
+        for picture in pictures:
+            try:
+                seen[picture] = images.load(picture, frame=frame)
+            except images.PictureError as error:
+                unread.append(str(error))
+        if seen:
+            say("running the model")
+            stack = np.stack(list(seen.values()))
+            opened = runtimes.Model(model)
+            if runtime == "all":
+                table = runtimes.compare(opened, stack)
+            else:
+                said = runtimes.decide(opened, stack, runtime)
+    if seen and runtime == "all":
+        _out.print(table)
+    elif seen:
+        _print_columns(("picture", "verdict", "logit", "steps"), _verdicts(seen, said))
+    for message in unread:
+        _err.print(f"textbook-code: {message}", markup=False, style="red")
+    if unread:
+        raise typer.Exit(2)
+
+
+def _verdicts(seen: Iterable[Path], said: Iterable[Decision]) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(picture),
+            "a person" if each.person else "no person",
+            f"{each.logit:+.2f}",
+            "" if each.steps is None else f"{each.steps:+d}",
+        )
+        for picture, each in zip(seen, said, strict=True)
+    ]
+
+
+@contextmanager
+def _deploying() -> Iterator[Callable[[str], None]]:
+    """Show what is being done; what goes wrong is one line, and status 2 if it was asked wrongly."""
+    from textbook_code.deploy.runtimes import refusals
+
+    try:
+        with _err.status("…") as status:
+            yield lambda step: status.update(f"{step} …")
+    except (ValueError, OSError) as error:
+        _fail(error, 2)
+    except refusals() as error:
+        _fail(error)
 
 
 @app.command()

@@ -7,15 +7,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 for folder in (ROOT / "book" / "_ext", ROOT / "book" / "_tools", ROOT / "tests" / "book"):
@@ -101,6 +102,7 @@ def make_book() -> type[TinyBook]:
     return TinyBook
 
 
+_SWITCHES = ("--no-sandbox", "--disable-gpu", "--use-fake-device-for-media-stream")  # a camera for all
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -120,8 +122,29 @@ def chromium(browser_path: str) -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"]
-        )
+        browser = playwright.chromium.launch(executable_path=browser_path, args=list(_SWITCHES))
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def opened(chromium: Browser) -> Callable[..., AbstractContextManager[Page]]:
+    """``opened(file, ready)``: a page opened as a file, once there is what the selector `ready` finds.
+
+    Any error in it fails the test, and so does a request for what is no file. More arguments are the browser
+    context's.
+    """
+
+    @contextmanager
+    def open_page(file: Path, ready: str, **settings: Any) -> Iterator[Page]:
+        problems: list[str] = []
+        with chromium.new_context(**settings) as context:
+            tab = context.new_page()
+            tab.on("pageerror", lambda error: problems.append(str(error)))
+            tab.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
+            tab.goto(file.as_uri())
+            tab.wait_for_selector(ready)
+            yield tab
+        assert not problems
+
+    return open_page

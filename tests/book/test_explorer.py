@@ -102,17 +102,9 @@ def built(make_book: Any, tmp_path_factory: pytest.TempPathFactory, minilm: Path
 
 
 @pytest.fixture
-def page(chromium: Browser, built: Path) -> Iterator[Page]:
-    """The page, opened as a file; any error in it fails the test."""
-    problems: list[str] = []
-    with chromium.new_context() as context:
-        tab = context.new_page()
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("request", lambda request: request.url.startswith("file:") or problems.append(request.url))
-        tab.goto((built / "index.html").as_uri())
-        tab.wait_for_selector(".ae-map tbody td")
+def page(opened: Any, built: Path) -> Iterator[Page]:
+    with opened(built / "index.html", ".ae-map tbody td") as tab:
         yield tab
-    assert not problems
 
 
 @contextmanager
