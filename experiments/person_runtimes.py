@@ -37,7 +37,7 @@ CONFIG = {
 }
 DATA = ["emoji-google", "emoji-twitter", "scikit-image"]
 TOLERANCE = {"loss": 1e-5, "results": 0.02}
-REPLAY = ["c", "wasm", "litert"]
+REPLAY = ["c", "litert"]
 
 
 def arms(config: dict) -> list[str]:
