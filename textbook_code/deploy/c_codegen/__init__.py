@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from textbook_code.deploy.c_codegen import emit
+from textbook_code.deploy.c_codegen.fast import Fast
 from textbook_code.deploy.c_codegen.plain import Plain
 from textbook_code.deploy.c_codegen.program import Program, Step, UnsupportedOpError
 from textbook_code.deploy.graph import Graph, read
@@ -108,13 +109,12 @@ def generate(
         raise ValueError(f"kernels: expected one of {', '.join(FILES)}, got {kernels!r}")
     graph = read(tflite_path)
     shape = _check(graph)
-    program, image = _program(graph, kernels)
+    program = _program(graph, kernels)
     flash = sum(constant.size for constant in program.constants.values())
     out = graph.tensors[graph.outputs[0]]
     written, arena = emit.net(
         program,
         include=FILES[kernels][0],
-        image=image,
         facts={"rgb": shape[0] * shape[1] * shape[2], "flash": flash},
         source=Path(tflite_path).name,
         output_scale=out.scale[0],
@@ -141,12 +141,8 @@ def generate(
     )
 
 
-def _program(graph: Graph, kernels: str) -> tuple[Program, int | None]:
-    if kernels == "fast":
-        from textbook_code.deploy.c_codegen.fast import Fast
-
-        return Fast(graph).build(), None
-    return Plain(graph).build(), graph.inputs[0]
+def _program(graph: Graph, kernels: str) -> Program:
+    return (Fast if kernels == "fast" else Plain)(graph).build()
 
 
 def _check(graph: Graph) -> tuple[int, int, int]:
@@ -158,12 +154,13 @@ def _check(graph: Graph) -> tuple[int, int, int]:
     image, out = graph.tensors[graph.inputs[0]], graph.tensors[graph.outputs[0]]
     if image.dtype != "int8" or len(image.shape) != 4 or image.shape[0] != 1:
         raise UnsupportedOpError(
-            f"input {image.name!r}: expected int8 (1, height, width, channels), got {image.dtype} {image.shape}"
+            f"input {image.name!r}: expected int8 (1, height, width, channels), got {image.dtype} "
+            f"{image.shape}"
         )
     if image.scale != (1 / 128,) or image.zero_point != (0,):
         raise UnsupportedOpError(
-            f"input {image.name!r}: expected scale 1/128 and zero point 0, so that a byte of a pixel less 128 is "
-            f"the input, got {image.scale} and {image.zero_point}"
+            f"input {image.name!r}: expected scale 1/128 and zero point 0, so that a pixel's byte less 128 "
+            f"is the input, got {image.scale} and {image.zero_point}"
         )
     if out.dtype != "int8" or out.size != 1 or len(out.scale) != 1:
         raise UnsupportedOpError(f"output {out.name!r}: expected one int8, got {out.dtype} {out.shape}")

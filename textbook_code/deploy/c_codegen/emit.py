@@ -15,12 +15,11 @@ from textbook_code.deploy.planner import Buffer, Plan, plan
 KERNELS = Path(__file__).parent / "kernels"
 
 
-def allocate(program: Program, image: int | None) -> tuple[dict[int, int], dict[int, int], Plan]:
+def allocate(program: Program) -> tuple[dict[int, int], dict[int, int], Plan]:
     """Plan the arena.
 
     Args:
         program: its steps in order.
-        image: the buffer that the input is copied to first; None if the first step reads it where it is.
 
     Returns:
         The buffer that each buffer shares its bytes with (itself, unless it is written over another), the
@@ -33,12 +32,12 @@ def allocate(program: Program, image: int | None) -> tuple[dict[int, int], dict[
     last = {index: t for t, step in enumerate(steps) for index in step.reads}
     output = steps[-1].writes
     last[output] = len(steps)
-    host: dict[int, int] = {} if image is None else {image: image}
+    host: dict[int, int] = {}
     for t, step in enumerate(steps):
         target = step.in_place
         over = target is not None and last[target] == t and target in host
         host[step.writes] = host[target] if over and target is not None else step.writes
-    first: dict[int, int] = {} if image is None else {image: -1}
+    first: dict[int, int] = {}
     ends: dict[int, int] = {}
     for t, step in enumerate(steps):
         first.setdefault(host[step.writes], t)
@@ -61,18 +60,17 @@ def _define(constant: Constant) -> str:
     note = f"/* {_safe(constant.comment)} */\n" if constant.comment else ""
     if isinstance(constant.values, tuple):
         body = "\n".join(f"    {line}" for line in constant.values)
-        return f"{note}const {constant.ctype} {constant.name} = {{\n{body}\n}};\n"
+        count = f"[{constant.count}]" if constant.count else ""
+        return f"{note}const {constant.ctype} {constant.name}{count} = {{\n{body}\n}};\n"
     shape = " x ".join(map(str, constant.values.shape))
-    if not constant.comment:
-        note = f"/* {shape} */\n"
-    else:
-        note = f"/* {_safe(constant.comment)}: {shape} */\n"
+    note = f"/* {_safe(constant.comment)}: {shape} */\n" if constant.comment else f"/* {shape} */\n"
     size = constant.values.size
     return f"{note}const {constant.ctype} {constant.name}[{size}] = {{\n{numbers(constant.values)}\n}};\n"
 
 
 def _declare(constant: Constant) -> str:
-    size = "" if isinstance(constant.values, tuple) else f"[{constant.values.size}]"
+    count = constant.count if isinstance(constant.values, tuple) else constant.values.size
+    size = f"[{count}]" if count else ""
     return f"extern const {constant.ctype} {constant.name}{size};"
 
 
@@ -97,7 +95,6 @@ def net(
     program: Program,
     *,
     include: str,
-    image: int | None,
     facts: Mapping[str, int],
     source: str,
     output_scale: float,
@@ -108,22 +105,21 @@ def net(
     Args:
         program: what to write.
         include: the header of the kernels.
-        image: as of `allocate`.
         facts: `rgb` (bytes of an image) and what else the header tells in its comment.
         source: the name of the model's file, for the comment.
         output_scale: of the logit.
         output_zero: of the logit.
     """
-    host, scratch, arena = allocate(program, image)
+    host, scratch, arena = allocate(program)
     steps = program.steps
     rgb = facts["rgb"]
     trace = program.seen
     header = f"""\
 /* A network that says whether there is a person in a picture. Generated from {_safe(source)}.
  *
- * {program.macs:,} multiply-accumulates, {facts["flash"]:,} bytes of constants, {arena.size:,} bytes of arena
- * (no plan could do with fewer than {arena.bound:,}). Integers only, no library, no allocation. Not reentrant: the
- * arena is one static array.
+ * {program.macs:,} multiply-accumulates; {facts["flash"]:,} bytes of constants; {arena.size:,} bytes of arena,
+ * and no plan could do with fewer than {arena.bound:,}. Integers only, no library, no allocation. Not
+ * reentrant: the arena is one static array.
  */
 #ifndef NET_H
 #define NET_H
@@ -179,7 +175,6 @@ void person_step(int step);                          /* yours: called after each
             lines.append(
                 f"#ifdef NET_TRACE\n    net_attended(T{step.writes}, seen, {rows}, {trace[1]});\n#endif"
             )
-    copy = f"    net_image(rgb, T{image}, PERSON_IMAGE_BYTES);\n" if image is not None else ""
     kinds = textwrap.fill(
         ", ".join(f'"{step.kind}"' for step in steps), 100, initial_indent="    ", subsequent_indent="    "
     )
@@ -221,7 +216,7 @@ const int32_t person_macs[PERSON_STEPS] = {{
 
 int8_t person_logit(const uint8_t rgb[PERSON_IMAGE_BYTES])
 {{
-{copy}{body}
+{body}
     return T{steps[-1].writes}[0];
 }}
 

@@ -47,9 +47,17 @@ class Plain:
         Raises:
             UnsupportedOpError: an operation without a kernel, or with options that its kernel has not.
         """
+        self.image()
         for number, op in enumerate(self.graph.ops):
             self.op(number, op)
         return self.program
+
+    def image(self) -> None:
+        """Add the step that turns the bytes of the picture into the first tensor."""
+        tensor = self.graph.tensors[self.graph.inputs[0]]
+        call = f"net_image(rgb, {{t{tensor.index}}}, PERSON_IMAGE_BYTES);"
+        comment = f"the picture, less 128: {_dims(tensor.shape)}"
+        self.program.steps.append(Step("IMAGE", call, (), tensor.index, comment))
 
     def op(self, number: int, op: Op) -> None:
         """Add the step of one operation."""
@@ -268,7 +276,8 @@ class Plain:
         multiplier = (int(rescale.mantissa) << bits) // count  # the division, rounded down as the reference
         lines = [
             f".outer = {outer}, .count = {count}, .inner = {inner},",
-            f".zero_x = {zero(x)}, .zero_y = {zero(out)}, .y = {{{multiplier}, {int(rescale.shift) - bits}}},",
+            f".zero_x = {zero(x)}, .zero_y = {zero(out)},",
+            f".y = {{{multiplier}, {int(rescale.shift) - bits}}},",
         ]
         name = self.program.struct(f"mean{number}", "net_mean", lines, 28)
         self.add(number, op, "net_mean", [x.index], f"&{name}")
@@ -301,8 +310,8 @@ class Plain:
 
 
 _METHODS = [
-    "_conv_2d", "_fully_connected", "_batch_matmul", "_softmax", "_add", "_sub", "_squared_difference", "_mul",
-    "_mean", "_transpose", "_reshape", "_rsqrt", "_hard_swish",
+    "_conv_2d", "_fully_connected", "_batch_matmul", "_softmax", "_add", "_sub", "_squared_difference",
+    "_mul", "_mean", "_transpose", "_reshape", "_rsqrt", "_hard_swish",
 ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ class Constant:
         values: integers, or the lines of a struct's initialiser.
         size: bytes it takes on a 32-bit machine.
         comment: what it is.
+        count: of structs, 0 for one that is no array.
 
     Book: deploy-c
     """
@@ -44,6 +45,7 @@ class Constant:
     values: Array | tuple[str, ...]
     size: int
     comment: str = ""
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,11 @@ class Program:
         self.constants[name] = Constant(name, ctype, values, width * values.size, comment)
         return name
 
-    def struct(self, name: str, ctype: str, lines: Sequence[str], size: int, comment: str = "") -> str:
-        """Add a struct from the lines of its initialiser; returns its name."""
-        self.constants[name] = Constant(name, f"struct {ctype}", tuple(lines), size, comment)
+    def struct(
+        self, name: str, ctype: str, lines: Sequence[str], size: int, comment: str = "", *, count: int = 0
+    ) -> str:
+        """Add a struct, or an array of `count`, from the lines of its initialiser; returns its name."""
+        self.constants[name] = Constant(name, f"struct {ctype}", tuple(lines), size, comment, count)
         return name
 
     @property

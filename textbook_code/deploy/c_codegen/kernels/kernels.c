@@ -68,8 +68,9 @@ int32_t net_reciprocal(int32_t sum, int32_t *shift)
     *shift = 12 - zeros; /* the sum has 12 bits before its point */
     const int32_t a = (int32_t)(((uint32_t)sum << zeros) - UINT32_C(0x80000000)); /* the sum is 1 + a */
     const int32_t half = (int32_t)(((int64_t)a + INT32_MAX + 1) >> 1);
-    int32_t x = 1515870810 + net_high_multiply(half, -1010580540); /* 48/17 - 32/17 half, within 1/17 of 1/half */
-    for (int32_t i = 0; i < 3; i++) {                              /* Newton: the number of right bits doubles */
+    /* 48/17 - 32/17 half is within 1/17 of 1 / half; each of Newton's steps doubles the number of right bits */
+    int32_t x = 1515870810 + net_high_multiply(half, -1010580540);
+    for (int32_t i = 0; i < 3; i++) {
         const int32_t rest = (INT32_C(1) << 29) - net_high_multiply(half, x);
         x += shift_left(net_high_multiply(x, rest), 2);
     }
