@@ -28,6 +28,7 @@ from textbook_code.data.people import (
     from_folder,
     load,
     model_input,
+    pedestrian_scene,
     visual_wake_words,
 )
 from textbook_code.data.people import sources as rules
@@ -191,6 +192,23 @@ def test_the_mean_colour_tells_pedestrians_from_random_grass_better_than_from_th
     mean = model_input(examination(test)).mean((2, 3))
     green = mean[:, 1] - (mean[:, 0] + mean[:, 2]) / 2
     assert abs(balanced_accuracy(green - green.median(), test.labels) - 0.5) < 0.12
+
+
+def test_the_scene_is_the_places_own() -> None:
+    """Each negative resembles its square of the median frame, and a pedestrian does not."""
+    scene, crops = pedestrian_scene()
+    assert scene.shape == (3, 288, 384) and crops == rows()
+    far: dict[bool, list[float]] = {True: [], False: []}
+    for split in SPLITS:
+        pictures = load("pedestrians", split)
+        here = [row for row in crops if row["split"] == split]
+        for picture_, row in zip(pictures.pixels, here, strict=True):
+            left, top, right, bottom = (round(v / 2) for v in Find(0, *row["box"], score=1.0).square)
+            square = scene[None, :, top:bottom, left:right].float()
+            square = torch.nn.functional.interpolate(square, (EDGE, EDGE), mode="bilinear")
+            far[row["person"]].append((square[0] - picture_[:3]).abs()[:, 6:-6, 12:-12].mean().item())
+    assert max(far[False]) < 14
+    assert np.median(far[True]) > 25
 
 
 def test_walks_go_on_over_a_gap_and_two_people_stay_two() -> None:

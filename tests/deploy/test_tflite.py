@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deploy_models import CALIBRATION, IMAGES, SMALL, channels_first, loud
 
 from textbook_code.deploy import tflite
 from textbook_code.deploy.graph import GraphError, read
@@ -31,46 +32,9 @@ from textbook_code.deploy.tflite import (
     quantize,
     smallest_arena,
 )
-from textbook_code.models.vision.tiny_vit import TinyViT, TinyViTConfig
+from textbook_code.models.vision.tiny_vit import TinyViTConfig
 
 torch.set_num_threads(1)
-SMALL = TinyViTConfig(patch_size=8, d_model=12, num_layers=1, num_heads=3, d_ff=20)
-
-
-def loud(config: TinyViTConfig) -> TinyViT:
-    """A model whose every part matters: no weight, bias or running average at its plain start."""
-    torch.manual_seed(3)
-    model = TinyViT(config).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("running_var"):
-                tensor.copy_(0.5 + torch.rand_like(tensor))
-            elif name.endswith("num_batches_tracked"):
-                continue
-            elif tensor.dim() < 2:
-                tensor.copy_(0.3 * torch.randn_like(tensor) + (1.0 if "norm.weight" in name else 0.0))
-        model.pos_embed.copy_(0.5 * torch.randn_like(model.pos_embed))
-        model.head.weight.copy_(4 * torch.randn_like(model.head.weight))
-        model.head.bias.sub_(
-            model(torch.from_numpy(channels_first(CALIBRATION))).mean()
-        )  # both verdicts occur
-    return model
-
-
-def pictures(n: int, seed: int) -> np.ndarray:
-    """Smooth pictures of many brightnesses, so that logits differ."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (n, 4, 4, 3)).repeat(8, 1).repeat(8, 2)
-    return np.clip(
-        coarse * rng.uniform(0.2, 1, (n, 1, 1, 1)) + rng.normal(0, 9, coarse.shape), 0, 255
-    ).astype(np.uint8)
-
-
-def channels_first(images: np.ndarray) -> np.ndarray:
-    return as_float(images).transpose(0, 3, 1, 2).copy()
-
-
-IMAGES, CALIBRATION = pictures(60, 1), pictures(64, 2)
 
 
 class Made:
@@ -82,7 +46,7 @@ class Made:
         self.ranges = observe(self.float, CALIBRATION)
         self.int8 = quantize(self.float, folder / "int8.tflite", ranges=self.ranges)
         with torch.no_grad():
-            self.logits = self.model(torch.from_numpy(channels_first(IMAGES))).numpy()
+            self.logits = self.model(channels_first(IMAGES)).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +175,7 @@ def test_constants_are_the_model_s_weights(batch: Made) -> None:
 def test_ranges_are_the_true_ones(batch: Made) -> None:
     graph = read(batch.float)
     with torch.no_grad():
-        images = torch.from_numpy(channels_first(CALIBRATION))
+        images = channels_first(CALIBRATION)
         logits, (weights,) = batch.model.attended(images)
     output = batch.ranges[graph.tensors[graph.outputs[0]].name]
     assert output == pytest.approx((float(logits.min()), float(logits.max())), abs=1e-4)

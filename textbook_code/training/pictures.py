@@ -8,12 +8,14 @@ Book: tiny-model
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from textbook_code.data.people import Pictures, augment, examination, model_input
+from textbook_code.training.binary_metrics import balanced_accuracy_interval, calibration_error, roc_area
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, 32, 32) as the model reads them, and labels (B,), 1.0 for a person."""
@@ -110,3 +112,35 @@ def examined_logits(model: nn.Module, pictures: Pictures, *, batch_size: int = 1
     logits = torch.cat([model(part) for part in images.split(batch_size)])
     model.train(training)
     return logits
+
+
+def examined(model: nn.Module, pictures: Pictures) -> dict[str, Any]:
+    """How well a model judges one source, as numbers that a record keeps.
+
+    Returns:
+        Counts of `pictures` and `groups`; `balanced_accuracy` with the `interval` that counts groups;
+        `sensitivity`, `specificity`, `roc_area`, `calibration_error` and `loss`, the binary cross-entropy in
+        nats.
+
+    Raises:
+        ValueError: there are no pictures, or only people, or none.
+
+    Book: person-metrics
+    """
+    logits, labels = examined_logits(model, pictures), pictures.labels
+    value, low, high = balanced_accuracy_interval(logits, labels, pictures.groups)
+    yes = logits > 0
+    numbers = {
+        "balanced_accuracy": value,
+        "sensitivity": yes[labels].float().mean().item(),
+        "specificity": (~yes[~labels]).float().mean().item(),
+        "roc_area": roc_area(logits, labels),
+        "calibration_error": calibration_error(logits, labels),
+        "loss": F.binary_cross_entropy_with_logits(logits, labels.float()).item(),
+    }
+    return {
+        "pictures": len(pictures),
+        "groups": len(set(pictures.groups)),
+        "interval": [round(low, 4), round(high, 4)],
+        **{name: round(number, 4) for name, number in numbers.items()},
+    }

@@ -156,6 +156,22 @@ def backgrounds() -> Tensor:
     return torch.from_numpy(np.stack(pieces)).permute(0, 3, 1, 2).contiguous()
 
 
+def pedestrian_scene() -> tuple[Tensor, list[dict[str, Any]]]:
+    """What the pedestrians were cut from: the place without people, and what is known of each crop.
+
+    Returns:
+        (3, 288, 384) uint8, the median of the video's frames at half their size; and for each crop, in the
+        order of `load` within a split, its "frame", its "box" (left, top, width, height in pixels of the
+        whole frame), "person", "group" and "split".
+
+    Book: person-pedestrians
+    """
+    folder = files("textbook_code.data") / "pedestrians"
+    ground = np.asarray(_open(io.BytesIO((folder / "ground.jpg").read_bytes())))
+    crops = json.loads((folder / "pedestrians.json").read_text("utf-8"))["crops"]
+    return torch.from_numpy(ground.copy()).permute(2, 0, 1).contiguous(), crops
+
+
 def part_of(name: str, train: int = 70, validation: int = 10) -> str:
     """The split that a group belongs to, by its name alone: a checksum decides among 100 places.
 
