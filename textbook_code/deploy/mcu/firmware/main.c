@@ -29,6 +29,8 @@ static void clock_start(void)
     SYST_CVR = 0;
     wraps = 0;
     SYST_CSR = 7; /* the core's own clock, with an exception at zero, on */
+    while (!SYST_CVR) { /* it stands at zero until its first tick */
+    }
 }
 
 static uint32_t clock_ticks(void)
