@@ -31,12 +31,10 @@ const personDemo = (() => {
 
   // ---------------------------------------------------------------- from any picture to 32 × 32
 
-  /** The middle square of RGBA pixels on white, shrunk or enlarged by a box filter in whole numbers, rounded half up. */
-  function box(rgba, width, height) {
-    const side = Math.min(width, height);
-    const [top, left] = [Math.floor((height - side) / 2), Math.floor((width - side) / 2)];
+  /** A square of RGBA pixels on white, shrunk or enlarged by a box filter in whole numbers, rounded half up. */
+  function box(rgba, side) {
     const flat = (x, y, c) => {
-      const at = 4 * ((top + y) * width + left + x);
+      const at = 4 * (y * side + x);
       const alpha = rgba[at + 3];
       return Math.floor((rgba[at + c] * alpha + 255 * (255 - alpha) + 127) / 255);
     };
@@ -71,14 +69,14 @@ const personDemo = (() => {
     return out;
   }
 
-  /** 32 × 32 of what a canvas can draw: a decoded picture, or a frame of a camera. */
+  /** The middle square, 32 × 32, of what a canvas can draw: a decoded picture, or a frame of a camera. */
   function shrink(image, width, height) {
     const side = Math.min(width, height);
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = side;
     const brush = canvas.getContext("2d", { willReadFrequently: true });
     brush.drawImage(image, -Math.floor((width - side) / 2), -Math.floor((height - side) / 2));
-    return box(brush.getImageData(0, 0, side, side).data, side, side);
+    return box(brush.getImageData(0, 0, side, side).data, side);
   }
 
   const CRC = Uint32Array.from({ length: 256 }, (_, n) => {
@@ -308,8 +306,8 @@ const personDemo = (() => {
       facts.Answer.textContent = `${minus(q)} (zero is ${minus(net.zero)})`;
       facts.Steps.textContent = `${signed(steps)} from zero`;
       facts.Logit.textContent = `${signed(steps)} × ${net.scale.toFixed(4)} = ${signed((steps * net.scale).toFixed(2))}`;
-      facts.Time.textContent = `${ms.toFixed(1)}\u00a0ms, in this browser`;
-      facts.Module.textContent = `${net.bytes.toLocaleString("en-GB")} bytes, with the weights`;
+      facts.Time.textContent = `${ms.toFixed(1)}\u00a0ms, here`;
+      facts.Module.textContent = `${net.bytes.toLocaleString("en-GB")} bytes`;
       showAttention(attention);
       app.dataset.q = q;
     }
