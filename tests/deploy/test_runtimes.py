@@ -326,8 +326,10 @@ def test_integer_runtimes_give_the_same_bits(table: Table, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["litert", "litert-ref"])
-def test_other_kernels_are_within_a_step_or_two(table: Table, name: str) -> None:
-    assert table[name].lsb is not None and table[name].lsb <= 2
+def test_other_kernels_are_within_a_few_steps(table: Table, name: str) -> None:
+    """The head of this model is loud, so that a step of its last vector is several of the logit."""
+    assert table[name].lsb is not None and table[name].lsb <= 5
+    assert table[name].decisions == 24
 
 
 @pytest.mark.parametrize("name", ["onnx", "litert-float"])

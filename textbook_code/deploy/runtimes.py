@@ -50,7 +50,7 @@ class Model:
         source: a checkpoint of the package ("person-vit"), a folder for `TinyViT.from_pretrained` with or
             without a `model_int8.tflite`, or a .tflite file, which then has no float model beside it.
         calibration: pictures, uint8 (n, 32, 32, 3), for the ranges of what is quantised anew; by default
-            the named training pictures of `deploy.tflite.calibration`.
+            those of `tflite.calibration`.
 
     Raises:
         ModelError: there is no such checkpoint, folder or file, or it is empty.
@@ -145,10 +145,12 @@ class Model:
 
         Book: deploy-runtimes
         """
-        from textbook_code.deploy import onnx
+        from textbook_code.deploy import onnx, tflite
 
         path = self.work / "model_int8.onnx"
-        onnx.quantize(self.onnx, path, self.calibration)
+        given = self._calibration is not None
+        name = f"{len(self.calibration)} given pictures" if given else tflite.CALIBRATION_NAME
+        onnx.quantize(self.onnx, path, self.calibration, name=name)
         return path
 
     @cached_property
