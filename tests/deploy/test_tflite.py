@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from dataclasses import replace
@@ -12,6 +13,8 @@ import pytest
 import torch
 from deploy_models import CALIBRATION, IMAGES, SMALL, channels_first, loud
 
+from textbook_code import checkpoints
+from textbook_code.data import people
 from textbook_code.deploy import tflite
 from textbook_code.deploy.graph import GraphError, read
 from textbook_code.deploy.quiet import quiet
@@ -21,18 +24,22 @@ from textbook_code.deploy.tflite import (
     LiteRT,
     OverBudgetError,
     TFLiteMicro,
+    add_to_checkpoint,
     as_float,
     as_int8,
+    calibration,
+    check_integer,
     constant_bytes,
     convert,
     float_ops,
+    folded_float,
     moving_average,
     observe,
     op_counts,
     quantize,
     smallest_arena,
 )
-from textbook_code.models.vision.tiny_vit import TinyViTConfig
+from textbook_code.models.vision.tiny_vit import TinyViT, TinyViTConfig
 
 torch.set_num_threads(1)
 
@@ -115,6 +122,16 @@ def test_a_file_that_differs_from_the_model_is_not_written(
     with pytest.raises(ExportError, match=r"path: the file's logits are 0\.001 from"):
         convert(loud(SMALL), file)
     assert [f.name for f in tmp_path.iterdir()] == ["m.tflite"] and file.read_bytes() == b"old"
+
+
+def test_half_precision_is_folded_in_single() -> None:
+    half = loud(SMALL).half()
+    whole = copy.deepcopy(half).float()
+    folded = folded_float(half)
+    assert half.head.weight.dtype == torch.float16 and folded.head.weight.dtype == torch.float32
+    with torch.no_grad():
+        off = (folded(channels_first(IMAGES)) - whole(channels_first(IMAGES))).abs().max()
+    assert off < 1e-4
 
 
 def test_an_activation_without_an_integer_kernel(tmp_path: Path) -> None:
@@ -318,3 +335,92 @@ def test_quiet_keeps_what_was_said_for_the_error(capfd: pytest.CaptureFixture[st
     assert said.text == "more"
     print("after")
     assert capfd.readouterr().out == "after\n"
+
+
+# ------------------------------------------------------------------ the model of the book
+
+
+def test_the_calibration_pictures_are_of_the_training_splits() -> None:
+    pictures = calibration()
+    assert pictures.dtype == np.uint8 and pictures.shape == (sum(tflite.CALIBRATION.values()), 32, 32, 3)
+    assert (calibration() == pictures).all()
+    assert tflite.CALIBRATION_NAME == "training pictures: 128 of emoji, 64 of pedestrians, 64 of faces"
+    seen = {picture.tobytes() for picture in pictures}
+    assert len(seen) > 0.98 * len(pictures)
+    for source, n in tflite.CALIBRATION.items():
+        train, test = (people.examination(people.load(source, split)).numpy() for split in ("train", "test"))
+        assert len(seen & {picture.tobytes() for picture in train}) >= 0.98 * n
+        assert not seen & {picture.tobytes() for picture in test}
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A checkpoint in an empty folder in place of the package's."""
+    monkeypatch.setattr(checkpoints, "_HOME", tmp_path / "kept")
+    monkeypatch.setattr(tflite, "calibration", lambda: CALIBRATION)
+    (tmp_path / "kept").mkdir()
+    return checkpoints.save(
+        loud(SMALL), "small", experiment="e", arm="a", seed=0, metric="m", value=0.5, sample=0.1
+    ).name
+
+
+def test_an_integer_model_beside_its_weights(kept: str) -> None:
+    before = checkpoints.manifest()[kept]
+    file = add_to_checkpoint(kept)
+    checkpoints.verify(kept)
+    entry = checkpoints.manifest()[kept]
+    assert set(entry.pop("files")) == {"config.json", "model.safetensors", "model_int8.tflite"}
+    del before["files"]
+    assert entry == before
+    zero = read(file).tensors[read(file).outputs[0]].zero_point[0]
+    with torch.no_grad():
+        expected = TinyViT.from_pretrained(checkpoints.path(kept)).float().eval()(channels_first(IMAGES)) > 0
+    assert (expected.numpy() == (TFLiteMicro(file).logits(IMAGES) > zero)).mean() > 0.9
+
+
+def test_a_checkpoint_stays_as_it_was_when_its_integer_model_fails(
+    kept: str, monkeypatch: pytest.MonkeyPatch, batch: Made
+) -> None:
+    monkeypatch.setattr(tflite, "MAX_FLASH", 1000)
+    monkeypatch.setattr(tflite, "convert", lambda model, path: batch.float)
+    with pytest.raises(OverBudgetError, match="at most 1,000 bytes"):
+        add_to_checkpoint(kept)
+    checkpoints.verify(kept)
+    assert not (checkpoints.path(kept) / tflite.INT8_FILE).exists()
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint of this package: small"):
+        add_to_checkpoint("none")
+
+
+def test_the_integer_model_of_the_book() -> None:
+    file = checkpoints.path("person-vit") / tflite.INT8_FILE
+    graph = read(file)
+    check_integer(graph)
+    assert file.stat().st_size <= tflite.MAX_FLASH
+    model = TinyViT.from_pretrained("person-vit").float().eval()
+    output = graph.tensors[graph.outputs[0]]
+    for source in ("emoji", "pedestrians", "faces"):
+        pictures = people.load(source, "test")
+        images = people.examination(pictures[torch.arange(20) * len(pictures) // 20]).numpy()
+        with torch.no_grad():
+            logits = model(channels_first(images)).numpy()
+        micro = TFLiteMicro(file).logits(images).astype(int)
+        low, high = ((q - output.zero_point[0]) * output.scale[0] for q in (-128, 127))
+        off = np.abs((micro - output.zero_point[0]) * output.scale[0] - logits.clip(low, high))
+        assert off.max() < 16 * output.scale[0]
+        sure = np.abs(logits) > 16 * output.scale[0]
+        assert ((micro > output.zero_point[0]) == (logits > 0))[sure].all() and sure.sum() >= 10
+
+
+@pytest.mark.slow
+def test_the_integer_model_is_made_again(tmp_path: Path) -> None:
+    kept = read(checkpoints.path("person-vit") / tflite.INT8_FILE)
+    float_path = convert(TinyViT.from_pretrained("person-vit"), tmp_path / "float.tflite")
+    made = read(quantize(float_path, tmp_path / "int8.tflite", calibration()))
+    assert made.ops == kept.ops
+    for again, before in zip(made.tensors, kept.tensors, strict=True):
+        assert (again.name, again.shape, again.dtype) == (before.name, before.shape, before.dtype)
+        assert again.scale == pytest.approx(before.scale, rel=1e-3)  # another processor sums in another order
+        assert again.zero_point == pytest.approx(before.zero_point, abs=1)
+        if before.data is not None and before.dtype == "int8":
+            assert again.data is not None
+            assert np.abs(again.data.astype(int) - before.data).max() <= 1

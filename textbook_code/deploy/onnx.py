@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from textbook_code.deploy.quiet import quiet
-from textbook_code.deploy.tflite import ExportError, as_float, check_deployable
+from textbook_code.deploy.tflite import ExportError, as_float, check_deployable, folded_float
 from textbook_code.extras import require
-from textbook_code.models.vision.tiny_vit import TinyViT, fold
+from textbook_code.models.vision.tiny_vit import TinyViT
 from textbook_code.weights import moved_into_place
 
 OPSET = 18
@@ -35,6 +35,7 @@ SIGNED = {"session.qdqisint8allowed": "1"}
 """A setting of ONNX Runtime: signed integers stay signed. On Arm it is so by default. On x86 they are made
 unsigned first, for which its matrix products are faster, and sums of signed and unsigned stay float; the
 results are the same bits."""
+UNNAMED = "pictures without a name"
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "QuantizeLinear", "DequantizeLinear"}
 
 
@@ -72,7 +73,7 @@ def export(model: TinyViT, path: str | Path, *, tolerance: float = 1e-5) -> Path
     check_deployable(model)
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="deploy")
-    path, folded = Path(path), fold(model).float()
+    path, folded = Path(path), folded_float(model)
     size, channels = model.config.image_size, model.config.in_channels
     with quiet():
         sample = (torch.zeros(1, channels, size, size),)
@@ -93,7 +94,9 @@ def export(model: TinyViT, path: str | Path, *, tolerance: float = 1e-5) -> Path
     return path
 
 
-def quantize(float_path: str | Path, int8_path: str | Path, calibration: np.ndarray, *, name: str) -> Path:
+def quantize(
+    float_path: str | Path, int8_path: str | Path, calibration: np.ndarray, *, name: str = UNNAMED
+) -> Path:
     """Write a float ONNX file again with 8-bit weights, one scale a channel, and 8-bit activations.
 
     The ranges of activations are the least and greatest values over the calibration set; the input's scale is
@@ -104,7 +107,7 @@ def quantize(float_path: str | Path, int8_path: str | Path, calibration: np.ndar
         float_path: what `export` has written.
         int8_path: replaced if it exists.
         calibration: uint8 (n, 32, 32, 3).
-        name: what the calibration set is called.
+        name: what the calibration set is called, such as `tflite.CALIBRATION_NAME`.
 
     Returns:
         `int8_path`.

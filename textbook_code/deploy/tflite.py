@@ -14,8 +14,11 @@ Book: deploy-tflite
 
 from __future__ import annotations
 
+import copy
 import math
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from textbook_code import checkpoints
+from textbook_code.data import people
 from textbook_code.deploy.graph import MAGIC, Graph, Op, layer_of, read
 from textbook_code.deploy.quiet import quiet
 from textbook_code.extras import require
@@ -36,6 +41,14 @@ DEPLOYABLE = ("relu", "hardswish")
 """The activations that TensorFlow Lite Micro has an 8-bit kernel for."""
 INPUT_RANGE = (-1.0, 127 / 128)
 """What the bytes 0 and 255 stand for."""
+
+MAX_FLASH = 250_000
+"""Bytes of flash that the book allows itself for a model."""
+INT8_FILE = "model_int8.tflite"
+"""The integer model in the folder of a checkpoint."""
+CALIBRATION = {"emoji": 128, "pedestrians": 64, "faces": 64}
+"""How many training pictures of each source `calibration` takes."""
+CALIBRATION_NAME = "training pictures: " + ", ".join(f"{n} of {name}" for name, n in CALIBRATION.items())
 
 Ranges = Mapping[str, tuple[float, float]]
 """The least and the greatest value of each tensor, by its name."""
@@ -103,6 +116,14 @@ def check_deployable(model: TinyViT) -> None:
             raise ExportError(f"model: {name} has values that are not finite")
 
 
+def folded_float(model: TinyViT) -> TinyViT:
+    """The folded model in float32, whatever the precision that its weights are kept in.
+
+    Book: deploy-tflite
+    """
+    return fold(copy.deepcopy(model).float())
+
+
 def convert(model: TinyViT, path: str | Path, *, tolerance: float = 1e-4) -> Path:
     """Fold a model and write it as a float32 .tflite file that reads (1, 32, 32, 3).
 
@@ -124,7 +145,7 @@ def convert(model: TinyViT, path: str | Path, *, tolerance: float = 1e-4) -> Pat
     """
     check_deployable(model)
     path = Path(path)
-    wrapped = _ChannelsLast(fold(model).float()).eval()
+    wrapped = _ChannelsLast(folded_float(model)).eval()
     size, channels = model.config.image_size, model.config.in_channels
     sample = (torch.zeros(1, size, size, channels),)
     with quiet():
@@ -147,6 +168,21 @@ def convert(model: TinyViT, path: str | Path, *, tolerance: float = 1e-4) -> Pat
                     f"path: the file's logits are {off:.2g} from the model's, over {tolerance:g}"
                 )
     return path
+
+
+def calibration() -> np.ndarray:
+    """The pictures by which the book's models are quantised, uint8 (256, 32, 32, 3).
+
+    They are the pictures of the training splits that stand at even steps, as `examination` shows them, so
+    that the test splits have no part in it.
+
+    Book: deploy-tflite
+    """
+    parts = []
+    for source, n in CALIBRATION.items():
+        pictures = people.load(source, "train")
+        parts.append(people.examination(pictures[torch.arange(n) * len(pictures) // n]).numpy())
+    return np.concatenate(parts)
 
 
 def observe(float_path: str | Path, calibration: np.ndarray) -> dict[str, tuple[float, float]]:
@@ -257,6 +293,36 @@ def quantize(
     with moved_into_place(int8_path) as partial:
         partial.write_bytes(data)
     return int8_path
+
+
+def add_to_checkpoint(name: str) -> Path:
+    """Put `INT8_FILE` into the folder of a checkpoint of this package, made from its weights.
+
+    Args:
+        name: of a `TinyViT`, such as "person-vit".
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        TypeError, ExportError: as `convert` and `quantize`; the checkpoint is left as it was.
+
+    Book: deploy-tflite
+    """
+    entry = {
+        key: value
+        for key, value in checkpoints.manifest()[checkpoints.path(name).name].items()
+        if key not in _COUNTED
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(shutil.copytree(checkpoints.path(name), Path(folder) / name))
+        float_path = convert(TinyViT.from_pretrained(files), Path(folder) / "float.tflite")
+        quantize(float_path, files / INT8_FILE, calibration(), max_bytes=MAX_FLASH)
+        return checkpoints.adopt(files, name, entry) / INT8_FILE
+
+
+_COUNTED = ("sha256", "bytes", "files")  # what the manifest says of the files themselves
 
 
 def _short_names(data: bytes) -> bytes:
