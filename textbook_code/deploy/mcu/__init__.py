@@ -60,7 +60,7 @@ class FirmwareError(RuntimeError):
     """
 
 
-class EmulatorMissingError(FirmwareError):
+class EmulatorMissingError(FirmwareError, compilers.CompilerMissingError):
     """QEMU is not installed; the message says how to get it.
 
     Book: deploy-mcu
