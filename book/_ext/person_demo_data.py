@@ -14,7 +14,9 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,12 @@ from textbook_code.data import people
 from textbook_code.deploy import wasm
 
 PICKED = {"emoji": 4, "pedestrians": 2}  # of each label; both sources may be shipped
-NAMES = {"pedestrians": ("an empty place", "a pedestrian")}
+NAMES = {"pedestrians": ("the place of pedestrian {}, empty", "pedestrian {}")}
+LICENCES = "pedestrians/README.md"  # which their licences ask to go with the pictures
 CREDITS = (
     "Pictograms, shrunk to 32 × 32: Noto Emoji, © Google, Apache 2.0, and Twemoji, © Twitter, Inc. and other "
-    "contributors, CC BY 4.0. Photographs: crops of vtest.avi, one of OpenCV's samples, Apache 2.0."
+    "contributors, CC BY 4.0. Photographs: crops of vtest.avi, a sample of OpenCV, © its contributors, "
+    "Apache 2.0 and BSD 3-Clause."
 )
 
 
@@ -62,18 +66,20 @@ def samples() -> list[Sample]:
                 members = [indices for (label, _), indices in groups.items() if label is person]
                 indices = spread(members, count)[k]
                 i = indices[k * len(indices) // count]  # another font or skin each time
-                found.append(Sample(_spoken(source, pictures.groups[i], person), person, rgb[i]))
+                found.append(Sample(_spoken(source, pictures.groups[i], person, k + 1), person, rgb[i]))
     return found
 
 
-def _spoken(source: str, group: str, person: bool) -> str:
+def _spoken(source: str, group: str, person: bool, number: int) -> str:
     """A picture's name for the reader: a concept is named by its sign, an astronaut by a rocket.
 
-    >>> _spoken("emoji", "1F680", True), _spoken("emoji", "1F34E", False), _spoken("emoji", "couple", True)
-    ('person (rocket)', 'red apple', 'person (couple)')
+    >>> _spoken("emoji", "1F680", True, 1), _spoken("emoji", "1F34E", False, 1)
+    ('person (rocket)', 'red apple')
+    >>> _spoken("emoji", "couple", True, 1), _spoken("pedestrians", "walk-066", True, 2)
+    ('person (couple)', 'pedestrian 2')
     """
     if source in NAMES:
-        return NAMES[source][person]
+        return NAMES[source][person].format(number)
     with suppress(ValueError):  # several signs in one concept, such as "couple", have a name already
         group = unicodedata.name(chr(int(group.split("-")[0], 16))).lower()
     return f"person ({group})" if person else group
@@ -93,7 +99,7 @@ def script(module: bytes, pictures: Sequence[Sample]) -> str:
 
 
 def write(model: Path, target: Path) -> None:
-    """Write ``data/person-data.js``, ``person.wasm``, ``still.svg`` and ``still.pdf``, or nothing."""
+    """Write ``data/`` for the page, ``person.wasm``, ``still.svg`` and ``still.pdf``: all or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name) / "new"
@@ -101,6 +107,8 @@ def write(model: Path, target: Path) -> None:
         built = wasm.build(model, work / "person.wasm")
         pictures = samples()
         (work / "data" / "person-data.js").write_text(script(built.read_bytes(), pictures), "ascii")
+        notice = (files("textbook_code.data") / LICENCES).read_text("utf-8")
+        (work / "data" / "licence-of-pedestrians.md").write_text(notice, "utf-8")
         still(wasm.Module(built), [*pictures[:2], *pictures[-2:]], (work / "still.svg", work / "still.pdf"))
         if target.exists():
             shutil.rmtree(target)
@@ -134,7 +142,7 @@ def still(module: wasm.Module, pictures: Sequence[Sample], paths: Sequence[Path]
             corner = (patch * side / grid - 0.5, row * side / grid - 0.5)
             for edge, width in (("black", 3), ("white", 1.2)):
                 below.add_patch(Rectangle(corner, side / grid, side / grid, fill=False, ec=edge, lw=width))
-            top.set_title(each.name if len(each.name) < 19 else f"{each.name[:17]}…", fontweight="normal")
+            top.set_title("\n".join(wrap(each.name, 20)), fontweight="normal", fontsize=9)
             says = "a person" if steps > 0 else "no person"
             below.set_xlabel(f"{says}\n{steps:+d} steps: {steps * module.scale:+.2f}".replace("-", "−"))
         for path in paths:

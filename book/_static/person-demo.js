@@ -146,8 +146,8 @@ const personDemo = (() => {
     if (file.size > MAX_BYTES) throw new Error(`it has more than ${MAX_BYTES / 1e6} megabytes`);
     const wrong = fault(new Uint8Array(await file.arrayBuffer()));
     if (wrong) throw new Error(wrong);
-    // Colours as they stand in the file, and no multiplication by alpha that can be avoided.
-    const options = { colorSpaceConversion: "none", premultiplyAlpha: "none", imageOrientation: "from-image" };
+    // Upright, which is the default; colours as they stand in the file; no needless multiplication by alpha.
+    const options = { colorSpaceConversion: "none", premultiplyAlpha: "none" };
     const bitmap = await createImageBitmap(file, options).catch(() => {
       throw new Error("this browser cannot read it as a picture");
     });

@@ -16,11 +16,12 @@ import numpy as np
 import person_demo
 import person_demo_data
 import pytest
+from built_pages import served
 from PIL import Image
 
 from textbook_code.data import people
 from textbook_code.data.sources import SOURCES
-from textbook_code.deploy import compilers, wasm
+from textbook_code.deploy import compilers, images, wasm
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -48,18 +49,6 @@ SHOWN = """() => Array.from(
 
 def text(array: np.ndarray) -> str:
     return base64.b64encode(array.tobytes()).decode()
-
-
-def box(rgb: np.ndarray) -> np.ndarray:
-    """The rule of the page in Python: the middle square, a box filter in whole numbers, rounded half up."""
-    height, width = rgb.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = rgb[top : top + side, left : left + side].astype(np.int64)
-    o, s = np.arange(32)[:, None], np.arange(side)[None]
-    weight = np.maximum(np.minimum(side * (o + 1), 32 * (s + 1)) - np.maximum(side * o, 32 * s), 0)
-    sums = np.einsum("is,stc,jt->ijc", weight, square, weight)
-    return ((2 * sums + side**2) // (2 * side**2)).astype(np.uint8)
 
 
 def encoded(pixels: np.ndarray, kind: str = "PNG", **settings: Any) -> bytes:
@@ -142,13 +131,15 @@ def test_data_are_those_of_the_sources(built: Path, module: wasm.Module) -> None
     assert len({sample["rgb"] for sample in data["samples"]}) == len(data["samples"])
 
 
-def test_only_what_may_be_shipped() -> None:
+def test_only_what_may_be_shipped(built: Path) -> None:
     for source in person_demo_data.PICKED:
         used = [SOURCES[name] for name in SOURCES if name.startswith(source)]
         assert all(each.redistributable for each in used)
     assert "faces" not in person_demo_data.PICKED
     for who in ("Google", "Twitter", "CC BY 4.0", "OpenCV"):
         assert who in person_demo_data.CREDITS
+    notice = (built / "_static" / "person-demo" / "licence-of-pedestrians.md").read_text("utf-8")
+    assert "BSD 3-Clause" in notice and "vtest.avi" in notice
 
 
 def test_pdf_shows_the_still(make_book: Any, tmp_path: Path, built: Path) -> None:
@@ -196,26 +187,32 @@ def test_as_read_from_files(page: Page, module: wasm.Module, noise: np.random.Ge
         pixels = noise.integers(0, 256, (height, width, 3), np.uint8)
         said = give(page, f"{width}x{height}.png", encoded(pixels))
         assert said.endswith("its middle square in 32 × 32 pixels.")
-        expected = pixels if (height, width) == (32, 32) else box(pixels)
+        expected = pixels if (height, width) == (32, 32) else images.fit(pixels)
         np.testing.assert_array_equal(shown(page), expected)
         assert answer(page) == module.logits(expected[None])[0]
         assert page.locator(".pn-sample input:checked").count() == 0
 
 
 @pytest.mark.browser
-def test_other_kinds_of_files(page: Page, noise: np.random.Generator) -> None:
-    """Opacity on white, one channel as three, a palette, a turned photograph."""
-    rgba = noise.integers(0, 256, (32, 32, 4), np.uint8)
+def test_other_kinds_of_files(page: Page, noise: np.random.Generator, tmp_path: Path) -> None:
+    """Opacity on white, one channel as three, a palette: as `textbook_code.deploy.images` reads them."""
+    rgba = noise.integers(0, 256, (50, 60, 4), np.uint8)
     rgba[..., 3] = np.where(rgba[..., 3] < 128, 0, 255)
-    give(page, "clear.png", encoded(rgba))
-    np.testing.assert_array_equal(shown(page), np.where(rgba[..., 3:] == 0, 255, rgba[..., :3]))
-    grey = noise.integers(0, 256, (32, 32), np.uint8)
-    give(page, "grey.png", encoded(grey))
-    np.testing.assert_array_equal(shown(page), np.repeat(grey[..., None], 3, -1))
-    give(page, "still.gif", encoded(grey, "GIF"))
-    np.testing.assert_array_equal(shown(page), np.repeat(grey[..., None], 3, -1))
-    give(page, "still.webp", encoded(rgba[..., :3], "WEBP", lossless=True))
-    np.testing.assert_array_equal(shown(page), rgba[..., :3])
+    grey = noise.integers(0, 256, (40, 40), np.uint8)
+    for name, content in (
+        ("clear.png", encoded(rgba)),
+        ("grey.png", encoded(grey)),
+        ("still.gif", encoded(grey, "GIF")),
+        ("still.webp", encoded(rgba[..., :3], "WEBP", lossless=True)),
+        ("still.bmp", encoded(rgba[..., :3], "BMP")),
+    ):
+        (file := tmp_path / name).write_bytes(content)
+        give(page, name, content)
+        np.testing.assert_array_equal(shown(page), images.load(file), name)
+
+
+@pytest.mark.browser
+def test_a_photograph_that_is_turned(page: Page) -> None:
     (exif := Image.Exif())[0x0112] = 6  # to be turned by a quarter
     flat = np.zeros((32, 64, 3), np.uint8)
     flat[:, :32] = 255
@@ -453,6 +450,23 @@ def test_accessible_and_no_wider_than_the_screen(page: Page, width: int, theme: 
     assert page.evaluate(
         "document.querySelector('.pn').scrollWidth <= document.querySelector('.pn').clientWidth"
     )
+
+
+@pytest.mark.browser
+def test_served_on_this_machine(chromium: Browser, built: Path, module: wasm.Module) -> None:
+    """From a server too, everything is asked for once, at the start, and nothing when pictures are given."""
+    with served(built) as address, chromium.new_context() as context:
+        tab = context.new_page()
+        asked: list[str] = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{address}index.html")
+        tab.wait_for_selector(READY)
+        assert all(url.startswith(address) for url in asked)
+        before = len(asked)
+        tab.locator(".pn-sample input").nth(3).check()
+        give(tab, "some.png", encoded(np.zeros((50, 50, 3), np.uint8)))
+        assert answer(tab) == module.logits(np.zeros((1, 32, 32, 3), np.uint8))[0]
+        assert len(asked) == before
 
 
 @pytest.mark.browser

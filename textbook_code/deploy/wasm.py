@@ -1,11 +1,10 @@
 """The generated C as WebAssembly: the same integers in the reader's own browser.
 
 WebAssembly is an instruction set for a machine that only exists in software: every current browser has one,
-and so has Python's `wasmtime`. Its integers wrap and shift as C's do on a microcontroller, and its vectors do
-sixteen bytes at a time; so the C that runs on a Cortex-M needs no change, only another target. `build`
-compiles it into one file with the weights inside and without a single import: such a module can compute, and
-nothing else. `Module` runs it from Python, which is how its bits are compared with those of all other
-runtimes without a browser.
+and so has Python's `wasmtime`. Its integers wrap and shift as a microcontroller's do, so the C that runs
+on a Cortex-M needs no change, only another target. `build` compiles it into one file with the weights inside
+and without a single import: such a module can compute, and nothing else. `Module` runs it from Python, which
+is how its bits are compared with those of all other runtimes without a browser.
 
 Book: deploy-wasm
 """
