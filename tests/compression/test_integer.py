@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from textbook_code.compression import integer
 from textbook_code.compression.integer import LayerNormInt8, Rescale
@@ -246,6 +249,27 @@ def test_rounding_of_ties() -> None:
     y = RNG.integers(minimum, 2**31, 1000)
     exact = x.astype(np.longdouble) * y / 2**31
     assert np.abs(integer.high_multiply(x, y) - exact).max() <= 0.5
+
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@given(INT32, INT32, st.integers(0, 31))
+def test_products_and_quotients_are_those_of_python(a: int, b: int, e: int) -> None:
+    """Python's integers have no size, and its fractions round as they are told."""
+    away = math.floor(abs(Fraction(a, 2**e)) + Fraction(1, 2))
+    assert integer.rounding_divide(a, e) == (away if a >= 0 else -away)
+    product = Fraction(a * b, 2**31)
+    nearest = math.floor(product + Fraction(1, 2)) if a * b >= 0 else math.ceil(product - Fraction(1, 2))
+    if a * b < 0 and (product - Fraction(1, 2)).denominator == 1:  # a tie below zero goes up
+        nearest = math.ceil(product)
+    assert integer.high_multiply(a, b) == min(nearest, 2**31 - 1)
+
+
+@given(st.integers(-(2**24), 2**24), st.floats(1e-6, 60))
+def test_a_rescaled_accumulator_is_within_one(a: int, real: float) -> None:
+    exact = a * real
+    assert abs(int(Rescale.of(real)(a)) - exact) <= 1 + abs(exact) * 2**-30
 
 
 def test_double_rounding_differs_from_one_rounding_but_rarely() -> None:

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from textbook_code import checkpoints
+from textbook_code.compression.quantize import QuantisationAware, prepare
 from textbook_code.deploy import interpreter, tflite
 from textbook_code.deploy.graph import Graph, Op, read
 from textbook_code.deploy.interpreter import Interpreter, UnsupportedOpError
-from textbook_code.models.vision.tiny_vit import TinyViT, TinyViTConfig
+from textbook_code.models.vision.tiny_vit import TinyViT, TinyViTConfig, fold
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (20, 32, 32, 3), np.uint8)
 
 
-def exported(folder: Path, norm: str, activation: str) -> Path:
-    """A small model, loud enough that its logits differ, as .tflite in int8."""
-    pytest.importorskip("litert_torch", reason="litert-torch is not installed")
-    pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not installed")
+def small(norm: str, activation: str) -> TinyViT:
+    """A small model, loud enough that its logits differ."""
     torch.manual_seed(1)
     sizes = {"d_model": 24, "num_layers": 1, "num_heads": 3, "d_ff": 20, "patch_size": 8}
     model = TinyViT(TinyViTConfig(norm=norm, activation=activation, **sizes))
@@ -28,7 +28,14 @@ def exported(folder: Path, norm: str, activation: str) -> Path:
         for parameter in model.parameters():
             parameter.mul_(2)
         model(torch.rand(16, 3, 32, 32) * 2 - 1)
-    tflite.convert(model.eval(), folder / "float.tflite", tolerance=1e-2)
+    return model.eval()
+
+
+def exported(folder: Path, norm: str, activation: str) -> Path:
+    """That model as .tflite in int8."""
+    pytest.importorskip("litert_torch", reason="litert-torch is not installed")
+    pytest.importorskip("ai_edge_quantizer", reason="ai-edge-quantizer is not installed")
+    tflite.convert(small(norm, activation), folder / "float.tflite", tolerance=1e-2)
     return tflite.quantize(folder / "float.tflite", folder / "int8.tflite", IMAGES)
 
 
@@ -46,6 +53,32 @@ def equal(path: Path) -> None:
 
 def test_equal_to_tflite_micro(model: Path) -> None:
     equal(model)
+
+
+def test_the_checkpoint_is_equal_to_tflite_micro() -> None:
+    equal(checkpoints.path("person-vit") / "model_int8.tflite")
+
+
+def apart(path: Path, aware: QuantisationAware) -> np.ndarray:
+    """How many LSB the model that is trained with rounding is from the file."""
+    target = (graph := read(path)).tensors[graph.outputs[0]]
+    x = torch.from_numpy(tflite.as_float(IMAGES)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits = aware(x).numpy()
+    scale = float(aware.ranges["logit"].scale)
+    assert scale == pytest.approx(target.scale[0], rel=1e-4)
+    return np.abs(logits / scale + target.zero_point[0] - Interpreter(graph).logits(IMAGES))
+
+
+def test_quantisation_aware_training_rounds_what_the_file_rounds(model: Path) -> None:
+    x = torch.from_numpy(tflite.as_float(IMAGES)).permute(0, 3, 1, 2)
+    aware = prepare(fold(small("batch", "relu")), x)
+    off = apart(model, aware)
+    assert off.max() < 3.5 and np.sqrt((off**2).mean()) < 1.5
+    ranges = {t.scale[0] for t in read(model).tensors if len(t.scale) == 1 and t.dtype == "int8"}
+    ours = np.array([float(a.scale) for a in aware.ranges.values()])
+    for scale in ours:  # every range of the training is one of the file's
+        assert min(abs(scale / theirs - 1) for theirs in ranges) < 1e-3
 
 
 @pytest.mark.slow

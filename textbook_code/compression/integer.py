@@ -67,7 +67,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
 def high_multiply(a: ArrayLike, b: ArrayLike) -> Integers:
     r"""The high half of twice the product, $\lfloor a b / 2^{31} \rceil$: a product of two Q0.31.
 
-    Ties go away from zero below and up above, as in gemmlowp; the one overflow, (−2³¹)², saturates.
+    Ties go up, as in gemmlowp; the one overflow, (−2³¹)², saturates.
 
     Book: integer-multiplier
     """
