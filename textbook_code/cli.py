@@ -29,8 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+# A command writes to its streams, even one that is called from a notebook.
+_out = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
 
 
 def _fail(message: object, status: int = 1) -> NoReturn:
