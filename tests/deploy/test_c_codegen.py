@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from textbook_code.compression.integer import Rescale
 from textbook_code.deploy import compilers
 from textbook_code.deploy.c_codegen import Budget, OverBudgetError, UnsupportedOpError, emit, generate
 from textbook_code.deploy.compilers import STRICT, CNet, CompileError, CompilerMissingError, build
@@ -242,6 +243,7 @@ def test_the_fast_program_is_five_pieces(model: Path, tmp_path: Path) -> None:
     ]
     plain = generate(model, tmp_path)
     assert fast.macs == plain.macs
+    assert f"#define PERSON_MACS {fast.macs} " in (tmp_path / "net.h").read_text()
     assert fast.arena_bytes < plain.arena_bytes
 
 
@@ -251,6 +253,15 @@ def test_what_fits_no_pattern_is_still_right(tmp_path: Path) -> None:
     fast = generate(path, tmp_path / "c", kernels="fast")
     assert "SOFTMAX" in {step.kind for step in fast.steps}
     equal(path, tmp_path, images(100), "fast")
+
+
+@pytest.mark.parametrize("zero", [-128, 127])
+def test_a_zero_at_either_end(zero: int, tmp_path: Path) -> None:
+    """A logit that is never above zero, or never below: the comparison is true or false for every picture."""
+    m = Model()
+    path = m.save(tmp_path, m.dense(m.reshape(m.input, 1, 192), 1, np.random.default_rng(0), zero=zero))
+    net = CNet(path, folder=tmp_path)
+    np.testing.assert_array_equal(net.persons(images(50, 8)), net.logits(images(50, 8)) > zero)
 
 
 def test_attention_is_seen(model: Path, tmp_path: Path) -> None:
@@ -285,7 +296,7 @@ def pair(kind: str, m: Model, rng: np.random.Generator) -> int:
 
 
 @pytest.mark.parametrize("kind", ["ADD", "SUB", "MUL", "SQUARED_DIFFERENCE"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_pairs(kind: str, seed: int, tmp_path: Path) -> None:
     m = Model()
     out = pair(kind, m, np.random.default_rng(seed))
@@ -307,14 +318,14 @@ def test_a_number_for_each_row_is_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "scale", "zero"), [
     ("RSQRT", 0.001, -128), ("RSQRT", 0.01, -128), ("HARD_SWISH", 0.05, -20), ("HARD_SWISH", 0.08, 3),
-    ("HARD_SWISH", 0.011, 100),
+    ("HARD_SWISH", 0.011, 100), ("QUANTIZE", 0.03, 4), ("QUANTIZE", 0.08, -60),
 ])  # fmt: skip
 def test_tables(kind: str, scale: float, zero: int, tmp_path: Path) -> None:
     m, rng = Model(), np.random.default_rng(1)
     x = m.dense(m.reshape(m.input, 1, 32, 6), 8, rng, scale=scale, zero=zero)
     if kind == "RSQRT":  # from zero up only
         m.ops[-1].builtinOptions.fusedActivationFunction = 1
-    out = m.tensor([1, 32, 8], scale * 0.9 if kind == "HARD_SWISH" else 0.08, zero)
+    out = m.tensor([1, 32, 8], {"HARD_SWISH": scale * 0.9, "QUANTIZE": 0.05}.get(kind, 0.08), zero)
     m.op(kind, [x], out)
     seen = equal(m.save(tmp_path, m.pick(out, 5)), tmp_path, images(600, 8), "plain")
     assert len(np.unique(seen)) > 15
@@ -336,6 +347,41 @@ def test_means(axes: tuple[int, ...], tmp_path: Path) -> None:
     shape = [size for axis, size in enumerate((1, 7, 5, 4)) if axis not in axes]
     out = m.op("MEAN", [x, m.ints(*axes)], m.tensor(shape, 0.06, 9), "ReducerOptions")
     equal(m.save(tmp_path, m.pick(out, 3)), tmp_path, images(300, 8), "plain")
+
+
+def given(m: Model, values: np.ndarray, scale: float) -> int:
+    """A computed tensor that holds these bytes whatever the picture is."""
+    n = len(values)
+    w = m.tensor([n, 192], np.full(n, scale * 128), 0, np.zeros((n, 192)))
+    b = m.tensor([n], scale, 0, values, INT32)
+    out = m.tensor([1, n], scale, 0)
+    return m.op("FULLY_CONNECTED", [m.reshape(m.input, 1, 192), w, b], out, "FullyConnectedOptions")
+
+
+@pytest.mark.parametrize("kind", ["FULLY_CONNECTED", "BATCH_MATMUL"])
+def test_factors_are_products_in_double_precision(kind: str, tmp_path: Path) -> None:
+    """A product of scales rounded to a float gives another byte for these sums, and would be wrong."""
+    rng, found = np.random.default_rng(0), 0
+    while found < 3:
+        s, t = (float(np.float32(rng.uniform(*ends))) for ends in ((0.005, 0.03), (0.001, 0.01)))
+        out = float(np.float32(s * t * rng.uniform(500, 4000)))
+        sums = np.arange(60 * 100 * 100)
+        rounded = Rescale.of(float(np.float32(s) * np.float32(t)) / out)(sums)
+        differ = sums[(rounded != Rescale.of(s * t / out)(sums)) & (rounded < 120)]
+        if not len(differ):
+            continue
+        hundreds, ones = divmod(int(differ[0]), 100)
+        a = np.array([*([100] * (hundreds // 100)), hundreds % 100, ones])
+        b = np.array([100] * (len(a) - 1) + [1])
+        m, n = Model(), len(a)
+        if kind == "FULLY_CONNECTED":
+            weight = m.tensor([1, n], t, 0, b)
+            y = m.op(kind, [given(m, a, s), weight, -1], m.tensor([1, 1], out, 0), "FullyConnectedOptions")
+        else:
+            pair = [m.reshape(given(m, a, s), 1, 1, n), m.reshape(given(m, b, t), 1, n, 1)]
+            y = m.reshape(m.op(kind, pair, m.tensor([1, 1, 1], out, 0), "BatchMatMulOptions"), 1, 1)
+        equal(m.save(tmp_path, y), tmp_path, images(2, 8), "plain")
+        found += 1
 
 
 def test_windows_that_overlap(tmp_path: Path) -> None:
@@ -382,7 +428,7 @@ def test_a_wrong_kernel_shows(
     wanted = reference(path, pictures)
     monkeypatch.setattr(emit, "KERNELS", kernels)
     got = CNet(path, "plain" if name == "kernels.c" else "fast", folder=tmp_path,
-               flags=["-O1", "-Wno-error"]).logits(pictures)  # fmt: skip
+               flags=["-O0", "-Wno-error"]).logits(pictures)  # fmt: skip
     assert (got != wanted).any()
 
 

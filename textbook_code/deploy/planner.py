@@ -85,7 +85,7 @@ def plan(buffers: Iterable[Buffer]) -> Plan:
     """First fit by decreasing size: the largest buffer first, each into the lowest gap that holds it.
 
     To place buffers in time without overlap is NP-hard; this rule is short, deterministic, and for the
-    models of this book it reaches `lower_bound`.
+    model of this book it reaches `lower_bound`; for others it may end a little above.
 
     Args:
         buffers: with different names.

@@ -51,7 +51,10 @@ def allocate(program: Program) -> tuple[dict[int, int], dict[int, int], Plan]:
 
 
 def numbers(values: np.ndarray) -> str:
-    """The body of an array, wrapped."""
+    """The body of an array, wrapped.
+
+    Book: deploy-c
+    """
     return textwrap.fill(", ".join(map(str, values.ravel().tolist())), 110, initial_indent="    ",
                          subsequent_indent="    ")  # fmt: skip
 
@@ -80,7 +83,10 @@ def _safe(text: str) -> str:
 
 
 def weights(program: Program, include: str) -> dict[str, str]:
-    """weights.h and weights.c."""
+    """weights.h and weights.c, which include the header of the kernels.
+
+    Book: deploy-c
+    """
     declared = "\n".join(map(_declare, program.constants.values()))
     header = (
         "/* The constants of the network: weights, biases, factors, and the parameters of each call. */\n"
@@ -109,15 +115,17 @@ def net(
         source: the name of the model's file, for the comment.
         output_scale: of the logit.
         output_zero: of the logit.
+
+    Book: deploy-c
     """
     host, scratch, arena = allocate(program)
     steps = program.steps
-    rgb = facts["rgb"]
+    rgb, flash = facts["rgb"], facts["flash"]
     trace = program.seen
     header = f"""\
 /* A network that says whether there is a person in a picture. Generated from {_safe(source)}.
  *
- * {program.macs:,} multiply-accumulates; {facts["flash"]:,} bytes of constants; {arena.size:,} bytes of arena,
+ * {program.macs:,} multiply-accumulates; {flash:,} bytes of constants; {arena.size:,} bytes of arena,
  * and no plan could do with fewer than {arena.bound:,}. Integers only, no library, no allocation. Not
  * reentrant: the arena is one static array.
  */
@@ -128,6 +136,7 @@ def net(
 
 #define PERSON_IMAGE_BYTES {rgb} /* height x width x (red, green, blue) */
 #define PERSON_ARENA_BYTES {arena.size}
+#define PERSON_MACS {program.macs} /* multiply-accumulates of a call */
 #define PERSON_ZERO ({output_zero}) /* the logit that is zero */
 /* one step of the logit is {output_scale:.9g}: the logit is that times (person_logit(rgb) - PERSON_ZERO) */
 
@@ -222,7 +231,8 @@ int8_t person_logit(const uint8_t rgb[PERSON_IMAGE_BYTES])
 
 int person(const uint8_t rgb[PERSON_IMAGE_BYTES])
 {{
-    return person_logit(rgb) > PERSON_ZERO;
+    const int logit = person_logit(rgb);
+    return logit > PERSON_ZERO;
 }}
 
 #ifdef NET_TRACE

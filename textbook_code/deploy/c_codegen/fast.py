@@ -329,8 +329,7 @@ class Fast(Plain):
 
     def _matmul_scale(self, op: Op) -> _Rescale | None:
         a, b, y = (self.graph.tensors[i] for i in (*op.inputs[:2], op.outputs[0]))
-        real = float(np.float32(scale(a)) * np.float32(scale(b))) / scale(y)
-        found = _rescale(*factor(real), zero(y))
+        found = _rescale(*factor(scale(a) * scale(b) / scale(y)), zero(y))
         return found if found is not None and found.shift > 0 else None
 
     # their steps

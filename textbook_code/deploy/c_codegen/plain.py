@@ -6,8 +6,6 @@ Book: deploy-c-kernels
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from textbook_code.compression.integer import Rescale, softmax_table
 from textbook_code.deploy.c_codegen.program import (
     Linear,
@@ -20,7 +18,7 @@ from textbook_code.deploy.c_codegen.program import (
     scale,
     zero,
 )
-from textbook_code.deploy.c_codegen.tables import hard_swish_table, rsqrt_table
+from textbook_code.deploy.c_codegen.tables import hard_swish_table, requantize_table, rsqrt_table
 from textbook_code.deploy.graph import Graph, Op, Tensor
 
 AXES = 4
@@ -190,8 +188,7 @@ class Plain:
         batch = out.size // (rows * columns)
         if a.size != batch * rows * inner or b.size != batch * inner * columns:
             raise self.refuse(op, f"expected equal batches, got {a.shape} by {b.shape}")
-        real = float(np.float32(scale(a)) * np.float32(scale(b))) / scale(out)
-        multiplier, shift = factor(real)
+        multiplier, shift = factor(scale(a) * scale(b) / scale(out))
         lines = [
             f".batch = {batch}, .rows = {rows}, .inner = {inner}, .columns = {columns},",
             f".transposed = {int(transposed)},",
@@ -299,19 +296,19 @@ class Plain:
 
     def _table(self, number: int, op: Op) -> None:
         (x,), out = self.tensors(op)
-        make = rsqrt_table if op.kind == "RSQRT" else hard_swish_table
+        make = {"RSQRT": rsqrt_table, "HARD_SWISH": hard_swish_table, "QUANTIZE": requantize_table}[op.kind]
         try:
             name = self.program.array(f"table{number}", "int8_t", make(x, out), f"{op.kind} of each byte")
         except ValueError as error:
             raise self.refuse(op, str(error)) from error
         self.add(number, op, "net_lookup", [x.index], name, in_place=[x.index], tail=f", {out.size}")
 
-    _rsqrt = _hard_swish = _table
+    _rsqrt = _hard_swish = _quantize = _table
 
 
 _METHODS = [
     "_conv_2d", "_fully_connected", "_batch_matmul", "_softmax", "_add", "_sub", "_squared_difference",
-    "_mul", "_mean", "_transpose", "_reshape", "_rsqrt", "_hard_swish",
+    "_mul", "_mean", "_transpose", "_reshape", "_rsqrt", "_hard_swish", "_quantize",
 ]  # fmt: skip
 
 

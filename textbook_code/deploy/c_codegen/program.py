@@ -111,12 +111,18 @@ class Program:
 
 
 def zero(tensor: Tensor) -> int:
-    """The zero point of a tensor that has one."""
+    """The zero point of a tensor that has one.
+
+    Book: deploy-c
+    """
     return int(tensor.zero_point[0])
 
 
 def scale(tensor: Tensor) -> float:
-    """The scale of a tensor that has one."""
+    """The scale of a tensor that has one.
+
+    Book: deploy-c
+    """
     return float(tensor.scale[0])
 
 
@@ -125,6 +131,8 @@ def clamp(op: Op, out: Tensor) -> tuple[int, int]:
 
     Raises:
         UnsupportedOpError: an activation other than ReLU and ReLU6.
+
+    Book: deploy-c-kernels
     """
     activation = op.options.get("fused_activation_function", "NONE")
     bounds = {"NONE": (-math.inf, math.inf), "RELU": (0.0, math.inf), "RELU6": (0.0, 6.0)}
@@ -135,7 +143,10 @@ def clamp(op: Op, out: Tensor) -> tuple[int, int]:
 
 
 def factor(real: float) -> tuple[int, int]:
-    """A factor as multiplier and shift."""
+    """A factor as multiplier and shift.
+
+    Book: deploy-c-kernels
+    """
     rescale = Rescale.of(real)
     return int(rescale.mantissa), int(rescale.shift)
 
@@ -185,6 +196,8 @@ def linear(graph: Graph, op: Op) -> Linear:
 
     Raises:
         UnsupportedOpError: the weights are no constants with zero point 0, or a sum could leave an int32.
+
+    Book: deploy-c-kernels
     """
     x, weight, out = (graph.tensors[i] for i in (op.inputs[0], op.inputs[1], op.outputs[0]))
     bias = graph.tensors[op.inputs[2]] if len(op.inputs) > 2 and op.inputs[2] >= 0 else None
@@ -194,11 +207,8 @@ def linear(graph: Graph, op: Op) -> Linear:
     if bias is not None and (bias.data is None or bias.dtype != "int32"):
         raise UnsupportedOpError(f"{where}: expected a constant int32 bias")
     w = weight.data.reshape(weight.shape[0], -1)
-    if len(weight.scale) > 1:
-        real = scale(x) * np.array(weight.scale, np.float64) / scale(out)
-    else:  # the reference rounds this product to a float, and only this one
-        product = float(np.float32(scale(x)) * np.float32(scale(weight)))
-        real = np.full(len(w), product / scale(out))
+    scales = np.array(weight.scale, np.float64)
+    real = np.broadcast_to(scale(x) * scales / scale(out), len(w))
     rescale = Rescale.of(real)
     folded = fold_zero(w, None if bias is None else bias.data, zero(x)) + np.zeros(len(w), np.int64)
     worst = np.abs(folded) + 128 * np.abs(w.astype(np.int64)).sum(1)

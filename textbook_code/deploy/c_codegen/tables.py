@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from textbook_code.compression.integer import Rescale, quantize_multiplier, rsqrt
+from textbook_code.compression.integer import Rescale, quantize_multiplier, rsqrt, to_int8
 from textbook_code.deploy.graph import Tensor
 
 Bytes = NDArray[np.int8]
@@ -23,6 +23,15 @@ def rsqrt_table(x: Tensor, y: Tensor) -> Bytes:
     zero = int(x.zero_point[0])
     bytes_ = np.maximum(np.arange(-128, 128), zero)
     return rsqrt(bytes_, Rescale.of(real), x_zero=zero, out_zero=int(y.zero_point[0]))
+
+
+def requantize_table(x: Tensor, y: Tensor) -> Bytes:
+    """Every byte at another scale and zero point.
+
+    Book: deploy-c-kernels
+    """
+    rescale = Rescale.of(x.scale[0] / y.scale[0])
+    return to_int8(rescale(np.arange(-128, 128) - int(x.zero_point[0])), zero=int(y.zero_point[0]))
 
 
 def hard_swish_table(x: Tensor, y: Tensor) -> Bytes:
