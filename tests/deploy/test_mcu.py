@@ -94,50 +94,52 @@ def test_the_model_for_tflite_micro_is_the_file(made: mcu.Project, model: Path) 
     assert {name.removeprefix("Add").upper() for name in added} == {kind.replace("_", "") for kind in kinds}
 
 
+@pytest.fixture(scope="module")
+def fast(model: Path, tmp_path_factory: pytest.TempPathFactory) -> mcu.Project:
+    return mcu.project(model, tmp_path_factory.mktemp("fast") / "person", kernels="fast")
+
+
 @pytest.mark.parametrize("cpu", ALL_CORES)
-def test_each_core_gives_the_bits_of_the_host(made: mcu.Project, expected: np.ndarray, cpu: str) -> None:
+def test_each_core_gives_the_bits_of_the_host(fast: mcu.Project, expected: np.ndarray, cpu: str) -> None:
     needs("arm-none-eabi-gcc", "qemu-system-arm")
-    ran = mcu.run(made, pictures(6), cpu=cpu)
+    ran = mcu.run(fast, pictures(6), cpu=cpu)
     assert ran.cpu == cpu
     assert np.array_equal(ran.logits, expected)
     assert ran.logits.dtype == np.int8
     assert len(set(expected.tolist())) > 2, "pictures that all give the same would show nothing"
-    assert ran.instructions == ran.per_image.max() > 10_000_000
+    assert ran.instructions == ran.per_image.max() > 1_000_000
     assert ran.per_image.min() > 0.9 * ran.per_image.max()
-    assert 64 < ran.stack_bytes < made.stack
-    assert ran.static_ram_bytes <= made.ram
-    assert ran.flash_bytes <= made.flash
+    assert 64 < ran.stack_bytes < fast.stack
+    assert ran.static_ram_bytes <= 48 * 1024
+    assert ran.flash_bytes <= fast.flash
+    header = (fast.folder / "net/net.h").read_text()
+    macs = int(re.findall(r"([\d,]+) multiply", header)[0].replace(",", ""))
+    if cpu != "cortex-m3":  # which has no dual multiply-accumulate
+        assert ran.instructions <= 3.5 * macs
 
 
-def test_the_fast_kernels_give_the_same_bits_for_less(
-    model: Path, tmp_path: Path, made: mcu.Project, expected: np.ndarray
+def test_the_plain_kernels_give_the_same_bits_for_more(
+    made: mcu.Project, fast: mcu.Project, expected: np.ndarray
 ) -> None:
     needs("arm-none-eabi-gcc", "qemu-system-arm")
-    fast = mcu.project(model, tmp_path / "fast", kernels="fast")
-    macs = int(re.findall(r"([\d,]+) multiply", (fast.folder / "net/net.h").read_text())[0].replace(",", ""))
-    for cpu in ALL_CORES:
-        plain = mcu.run(made, pictures(6), cpu=cpu)
-        ran = mcu.run(fast, pictures(6), cpu=cpu)
-        assert np.array_equal(ran.logits, expected), cpu
-        assert ran.instructions < plain.instructions
-        if cpu != "cortex-m3":  # which has no dual multiply-accumulate
-            assert ran.instructions <= 3.5 * macs
-        assert ran.static_ram_bytes <= 48 * 1024
+    plain = mcu.run(made, pictures(6))
+    assert np.array_equal(plain.logits, expected)
+    assert plain.instructions > 2 * mcu.run(fast, pictures(1)).instructions
 
 
-def test_instructions_are_counted_again_the_same(made: mcu.Project) -> None:
+def test_instructions_are_counted_again_the_same(fast: mcu.Project) -> None:
     needs("arm-none-eabi-gcc", "qemu-system-arm")
-    first, again = (mcu.run(made, pictures(2)).per_image for _ in range(2))
+    first, again = (mcu.run(fast, pictures(2)).per_image for _ in range(2))
     assert np.array_equal(first, again)
 
 
-def test_the_serial_port_gives_the_same(made: mcu.Project, expected: np.ndarray) -> None:
+def test_the_serial_port_gives_the_same(fast: mcu.Project, expected: np.ndarray) -> None:
     needs("arm-none-eabi-gcc", "qemu-system-arm")
-    over_the_wire = mcu.run(made, pictures(2), io="uart", timeout=120)
+    over_the_wire = mcu.run(fast, pictures(2), io="uart", timeout=120)
     assert np.array_equal(over_the_wire.logits, expected[:2])
-    assert over_the_wire.per_image == pytest.approx(mcu.run(made, pictures(2)).per_image, rel=1e-4)
+    assert over_the_wire.per_image == pytest.approx(mcu.run(fast, pictures(2)).per_image, rel=1e-4)
     with pytest.raises(ValueError, match="profile: expected io"):
-        mcu.run(made, pictures(1), io="uart", profile=True)
+        mcu.run(fast, pictures(1), io="uart", profile=True)
 
 
 def test_the_steps_add_up(made: mcu.Project, expected: np.ndarray) -> None:

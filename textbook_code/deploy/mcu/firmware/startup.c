@@ -5,9 +5,7 @@
 extern uint32_t data_load[], data_start[], data_end[], bss_start[], bss_end[], stack_bottom[], stack_top[];
 
 int main(void);
-void reset(void);
-void fault(void);
-void systick(void);
+void fault(void), fault_report(void), reset(void), systick(void);
 
 #define CPACR (*(volatile uint32_t *)0xE000ED88u)
 #define MPU_CTRL (*(volatile uint32_t *)0xE000ED94u)
@@ -19,12 +17,13 @@ void systick(void);
 /* The core reads two words when power comes: where the stack begins, and where to go. The rest of the table
    says where to go when something happens; a word has the lowest bit set, which says Thumb code. */
 __attribute__((section(".vectors"), used)) static const void *const vectors[16] = {
-    stack_top, (const void *)reset,                            /* 0, 1 */
-    (const void *)fault, (const void *)fault,                  /* 2 NMI, 3 HardFault */
-    (const void *)fault, (const void *)fault, (const void *)fault, /* 4 MemManage, 5 BusFault, 6 UsageFault */
-    0, 0, 0, 0,                                                /* reserved */
-    (const void *)fault, (const void *)fault, 0,               /* 11 SVCall, 12 DebugMonitor */
-    (const void *)fault, (const void *)systick,                /* 14 PendSV, 15 SysTick */
+    stack_top,           (const void *)reset,
+    (const void *)fault, (const void *)fault,   /*  2 NMI,      3 HardFault */
+    (const void *)fault, (const void *)fault,   /*  4 memory,   5 bus */
+    (const void *)fault, 0, 0, 0, 0,            /*  6 usage,    7 to 10 reserved */
+    (const void *)fault, (const void *)fault,   /* 11 SVCall,  12 DebugMonitor */
+    0,                   (const void *)fault,   /* 13 reserved, 14 PendSV */
+    (const void *)systick,                      /* 15 SysTick */
 };
 
 void reset(void)
