@@ -101,7 +101,7 @@ def multiply_by_quantized_multiplier(x: ArrayLike, mantissa: ArrayLike, shift: A
     return rounding_divide(high_multiply(shifted, mantissa), np.maximum(-e, 0))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rescale:
     """A factor, or one for each channel, that integers can be multiplied by.
 
@@ -470,7 +470,7 @@ def rsqrt(x: ArrayLike, rescale: Rescale, *, x_zero: int, out_zero: int) -> Byte
     return np.vectorize(lookup, otypes=[np.int8])(q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerNormInt8:
     r"""LayerNorm in one step from int8 to int8, where TensorFlow Lite makes a dozen operations of it.
 

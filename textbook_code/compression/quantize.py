@@ -42,7 +42,7 @@ class _Rounded(torch.autograd.Function):
         return grad_outputs[0] * inside, None, None, None, None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare as a whole
 class Affine:
     r"""The map between numbers and integers of a few bits.
 
