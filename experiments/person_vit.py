@@ -1,6 +1,6 @@
 """The tiny vision transformer that the book carries to a microcontroller: person or not, in 32 × 32 pixels.
 
-A student within the budget learns emoji, pedestrians and faces together: once from the labels alone, and once,
+A student within the budget learns emoji, pedestrians and faces together, once from the labels alone and once,
 with the same batches, also from the logits of a teacher, a transformer of the same family with larger patches
 and six times as many parameters. The student of the labels then goes on for a while with the rounding of int8
 in its forward pass, its norms folded into its matrices; that folded model is the checkpoint.
