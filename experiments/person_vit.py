@@ -25,7 +25,7 @@ from textbook_code.models.vision.tiny_vit import TinyViT, TinyViTConfig, fold
 from textbook_code.optim.schedules import warmup_cosine
 from textbook_code.training.distillation import one_logit_soft_loss
 from textbook_code.training.loop import train
-from textbook_code.training.pictures import balanced_batches, examined, examined_logits, one_logit_loss
+from textbook_code.training.pictures import balanced_batches, examined, one_logit_loss
 
 ABOUT = (
     "A tiny vision transformer learns to tell people from the rest in emoji, pedestrians and faces together: "
@@ -37,11 +37,11 @@ CONFIG = {
     "shares": {"emoji": 2, "pedestrians": 1, "faces": 1},
     "tested": ["emoji", "pedestrians", "faces", "photographs"],
     "student": {"patch_size": 4, "d_model": 64, "num_layers": 4, "num_heads": 4, "d_ff": 128},
-    "teacher": {"patch_size": 8, "d_model": 192, "num_layers": 6, "num_heads": 6, "d_ff": 384},
+    "teacher": {"patch_size": 8, "d_model": 128, "num_layers": 6, "num_heads": 4, "d_ff": 256},
     "batch_size": 64,
     "steps": {"teacher": 2400, "student": 2400, "quantised": 120},
     "warmup": 100,
-    "lr": {"teacher": 2e-3, "student": 3e-3, "quantised": 1e-4},
+    "lr": {"teacher": 1e-3, "student": 1.5e-3, "quantised": 1e-4},
     "floor": 0.02,
     "weight_decay": 0.05,
     "temperature": 2.0,
@@ -111,7 +111,9 @@ def trained(config: dict, kind: str, seed: int, *, steps: int | None = None, log
     """The model of one kind; what another one learns from is kept, or trained first."""
     if steps is None and log is None:
         return _kept(json.dumps(config), kind, seed)
-    model = quantised(config, seed, steps, log) if kind == "quantised" else learnt(config, kind, seed, steps, log)
+    model = (
+        quantised(config, seed, steps, log) if kind == "quantised" else learnt(config, kind, seed, steps, log)
+    )
     if steps is None:
         KEPT[json.dumps(config), kind, seed] = model
     return model
