@@ -23,7 +23,7 @@ from textbook_code.data.people.pictures import (
     model_input,
 )
 from textbook_code.data.people.readers import cifar100_people, from_folder, visual_wake_words
-from textbook_code.data.people.sources import SOURCES, SPLITS, backgrounds, load
+from textbook_code.data.people.sources import SOURCES, SPLITS, backgrounds, load, pedestrian_scene
 
 __all__ = [
     "EDGE",
@@ -39,5 +39,6 @@ __all__ = [
     "from_folder",
     "load",
     "model_input",
+    "pedestrian_scene",
     "visual_wake_words",
 ]

@@ -81,7 +81,9 @@ class Find:
 
 
 def make(video: str | Path, folder: str | Path) -> dict[str, Any]:
-    """Make ``pedestrians.png`` and ``pedestrians.json`` of ``vtest.avi``; takes about a minute.
+    """Make ``pedestrians.png``, ``pedestrians.json`` and ``ground.jpg`` of ``vtest.avi`` in about a minute.
+
+    The last is the median of the frames at half their size: the scene without people.
 
     Returns:
         What is written as JSON: the crops in the order of the sheet, each with frame, box, label, group and
@@ -138,7 +140,7 @@ def make(video: str | Path, folder: str | Path) -> dict[str, Any]:
         "lost": dict(lost),
         "crops": rows,
     }
-    _write(cv2, Path(folder), about, crops)
+    _write(cv2, Path(folder), about, crops, ground)
     return about
 
 
@@ -257,17 +259,28 @@ def _cut(cv2: Any, frame: np.ndarray, find: Find) -> np.ndarray:
     return np.asarray(cv2.resize(square, (EDGE, EDGE), interpolation=cv2.INTER_AREA))
 
 
-def _write(cv2: Any, folder: Path, about: dict[str, Any], crops: list[np.ndarray]) -> None:
+def _write(
+    cv2: Any, folder: Path, about: dict[str, Any], crops: list[np.ndarray], ground: np.ndarray
+) -> None:
     sheet = np.zeros((-(-len(crops) // _ACROSS) * EDGE, _ACROSS * EDGE, 3), np.uint8)
     for i, crop in enumerate(crops):
         y, x = i // _ACROSS * EDGE, i % _ACROSS * EDGE
         sheet[y : y + EDGE, x : x + EDGE] = crop
-    folder.mkdir(parents=True, exist_ok=True)
-    done, data = cv2.imencode(".png", sheet[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
-    assert done
     head = {key: value for key, value in about.items() if key != "crops"}
     lines = ",\n".join(json.dumps(row) for row in about["crops"])
     text = json.dumps(head, indent=1)[:-2] + ',\n "crops": [\n' + lines + "\n]}\n"
-    for name, content in (("pedestrians.png", data.tobytes()), ("pedestrians.json", text.encode())):
+    half = cv2.resize(ground, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        ("pedestrians.png", _encoded(cv2, ".png", sheet[:, :, ::-1], cv2.IMWRITE_PNG_COMPRESSION, 9)),
+        ("ground.jpg", _encoded(cv2, ".jpg", half, cv2.IMWRITE_JPEG_QUALITY, 80)),
+        ("pedestrians.json", text.encode()),
+    ):
         with moved_into_place(folder / name) as partial:
             partial.write_bytes(content)
+
+
+def _encoded(cv2: Any, ending: str, image: np.ndarray, setting: int, value: int) -> bytes:
+    done, data = cv2.imencode(ending, image, [setting, value])
+    assert done
+    return bytes(data.tobytes())
