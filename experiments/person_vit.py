@@ -39,7 +39,7 @@ CONFIG = {
     "student": {"patch_size": 4, "d_model": 64, "num_layers": 4, "num_heads": 4, "d_ff": 128},
     "teacher": {"patch_size": 8, "d_model": 128, "num_layers": 6, "num_heads": 4, "d_ff": 256},
     "batch_size": 64,
-    "steps": {"teacher": 2400, "student": 2400, "quantised": 120},
+    "steps": {"teacher": 2000, "student": 2000, "quantised": 100},
     "warmup": 100,
     "lr": {"teacher": 1e-3, "student": 1.5e-3, "quantised": 1e-4},
     "floor": 0.02,
@@ -47,7 +47,7 @@ CONFIG = {
     "temperature": 2.0,
     "soft_weight": 0.7,
     "calibration": 256,
-    "calibrate_every": 30,
+    "calibrate_every": 25,
 }
 DATA = ["emoji-google", "emoji-twitter", "scikit-image"]
 TOLERANCE = {"loss": 1e-3, "results": 0.05}
