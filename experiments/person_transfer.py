@@ -35,7 +35,7 @@ CONFIG = {
     "tested": ["emoji", "pedestrians", "faces", "photographs"],
     "student": {"patch_size": 4, "d_model": 64, "num_layers": 4, "num_heads": 4, "d_ff": 128},
     "batch_size": 64,
-    "steps": 450,
+    "steps": 400,
     "warmup": 50,
     "floor": 0.02,
     "lr": {"vit": 1.5e-3, "pixels": 1e-2, "cnn": 1.5e-3, "mobilenet": 1.5e-3},
