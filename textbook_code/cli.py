@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -245,8 +245,8 @@ def _deploying() -> Iterator[Callable[[str], None]]:
     from textbook_code.deploy.runtimes import refusals
 
     try:
-        with _err.status("…") as status:
-            yield lambda step: status.update(f"{step} …")
+        with _err.status("…") if sys.stderr.isatty() else nullcontext() as status:
+            yield lambda step: status.update(f"{step} …") if status else None
     except (ValueError, OSError) as error:
         _fail(error, 2)
     except refusals() as error:
