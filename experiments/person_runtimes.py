@@ -32,12 +32,12 @@ CONFIG = {
     "seeds": [0],
     "model": "person-vit",
     "sources": ["emoji", "pedestrians", "faces", "photographs"],
-    "steps": {"all": 30, "cortex-m7": 20, "cortex-m4": 10, "cortex-m3": 10},
-    "pictures": {"cortex-m7": 200, "cortex-m4": 50, "cortex-m3": 50},
+    "steps": {"all": 30, "cortex-m7": 10, "cortex-m4": 5, "cortex-m3": 5},
+    "pictures": {"cortex-m7": 300, "cortex-m4": 100, "cortex-m3": 60},
 }
 DATA = ["emoji-google", "emoji-twitter", "scikit-image"]
 TOLERANCE = {"loss": 1e-5, "results": 0.02}
-REPLAY = ["c", "wasm", "litert"]
+REPLAY = ["c", "litert"]
 
 
 def arms(config: dict) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,8 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-_out = Console(highlight=False, soft_wrap=True)
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
+# A command writes to its streams, even one that is called from a notebook.
+_out = Console(highlight=False, soft_wrap=True, force_jupyter=False)
+_err = Console(stderr=True, highlight=False, soft_wrap=True, force_jupyter=False)
 
 
 def _fail(message: object, status: int = 1) -> NoReturn:
@@ -244,8 +245,8 @@ def _deploying() -> Iterator[Callable[[str], None]]:
     from textbook_code.deploy.runtimes import refusals
 
     try:
-        with _err.status("…") as status:
-            yield lambda step: status.update(f"{step} …")
+        with _err.status("…") if sys.stderr.isatty() else nullcontext() as status:
+            yield lambda step: status.update(f"{step} …") if status else None
     except (ValueError, OSError) as error:
         _fail(error, 2)
     except refusals() as error:

@@ -283,7 +283,7 @@ def test_notebooks_hold_their_pages_cells_and_no_trace_of_the_book() -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["attention", "encoder-only"])
+@pytest.mark.parametrize("name", ["attention", "encoder-only", "pixels-to-person"])
 def test_notebook_runs_outside_the_repository(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

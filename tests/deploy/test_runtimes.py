@@ -157,7 +157,7 @@ def test_what_is_missing_is_a_row_that_says_so(invented: Callable[..., None]) ->
     row = table["late"]
     assert (row.pictures, row.decisions, row.exact) == (0, None, None)
     text = str(table).splitlines()
-    assert text[0].split() == ["runtime", "numbers", "pictures", "verdicts", "bits", "LSB"]
+    assert text[0].split() == ["runtime", "type", "n", "verdicts", "bits", "LSB"]
     assert text[1].split() == ["c", "int8", "2", "2", "2", "0"]
     assert text[3].split(maxsplit=1) == [
         "late",
@@ -205,7 +205,7 @@ def test_plain_rows_have_one_set_of_keys() -> None:
     rows = table_of().plain()
     assert len({tuple(row) for row in rows}) == 1
     assert rows[0] == {
-        "runtime": "c", "numbers": "int8", "pictures": "1,000", "verdicts": "1,000", "bits": "1,000",
+        "runtime": "c", "type": "int8", "n": "1,000", "verdicts": "1,000", "bits": "1,000",
         "LSB": "0", "emoji": "93.5 %", "bytes": "250,000", "memory": "", "instructions": "12,345,678",
         "missing": "",
     }  # fmt: skip
@@ -326,8 +326,10 @@ def test_integer_runtimes_give_the_same_bits(table: Table, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["litert", "litert-ref"])
-def test_other_kernels_are_within_a_step_or_two(table: Table, name: str) -> None:
-    assert table[name].lsb is not None and table[name].lsb <= 2
+def test_other_kernels_are_within_a_few_steps(table: Table, name: str) -> None:
+    """The head of this model is loud, so that a step of its last vector is several of the logit."""
+    assert table[name].lsb is not None and table[name].lsb <= 5
+    assert table[name].decisions == 24
 
 
 @pytest.mark.parametrize("name", ["onnx", "litert-float"])

@@ -205,13 +205,14 @@ def fit(pixels: np.ndarray, side: int = SIDE) -> np.ndarray:
 
 
 def _cover(lines: np.ndarray, n: int, side: int) -> np.ndarray:
-    """Sum (n, …) lines into (side, …) by their overlap, exactly: differences of a running sum.
+    """Sum (n, a, b) lines into (side, a, b) by their overlap, exactly.
 
-    Up to unit u the running sum is that of the whole lines before it, and the begun line's share.
+    The running sum up to unit u is that of the whole lines before it
+    and the share of the line that has begun; its differences are wanted.
     """
     total = np.zeros((n + 1, *lines.shape[1:]), np.int64)
     np.cumsum(lines, axis=0, dtype=np.int64, out=total[1:])
     whole, units = np.divmod(n * np.arange(side + 1), side)
     begun = lines[np.minimum(whole, n - 1)].astype(np.int64)
-    upto = side * total[whole] + units.reshape(-1, *[1] * (lines.ndim - 1)) * begun
+    upto = side * total[whole] + units[:, None, None] * begun
     return np.diff(upto, axis=0)

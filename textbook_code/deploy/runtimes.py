@@ -50,7 +50,7 @@ class Model:
         source: a checkpoint of the package ("person-vit"), a folder for `TinyViT.from_pretrained` with or
             without a `model_int8.tflite`, or a .tflite file, which then has no float model beside it.
         calibration: pictures, uint8 (n, 32, 32, 3), for the ranges of what is quantised anew; by default
-            the named training pictures of `deploy.tflite.calibration`.
+            those of `tflite.calibration`.
 
     Raises:
         ModelError: there is no such checkpoint, folder or file, or it is empty.
@@ -145,10 +145,12 @@ class Model:
 
         Book: deploy-runtimes
         """
-        from textbook_code.deploy import onnx
+        from textbook_code.deploy import onnx, tflite
 
         path = self.work / "model_int8.onnx"
-        onnx.quantize(self.onnx, path, self.calibration)
+        given = self._calibration is not None
+        name = f"{len(self.calibration)} given pictures" if given else tflite.CALIBRATION_NAME
+        onnx.quantize(self.onnx, path, self.calibration, name=name)
         return path
 
     @cached_property
@@ -491,50 +493,47 @@ class Table:
         return [_as_text(row, sources) for row in self.rows]
 
     def __str__(self) -> str:
-        lines = self.plain()
-        heads = self._heads(lines)
+        return "\n\n".join(self._written(lines, heads) for lines, heads in self._parts())
+
+    def _written(self, lines: list[dict[str, str]], heads: list[str]) -> str:
         widths = [max(len(head), *(len(line[head]) for line in lines)) for head in heads]
         out = []
         for line in ({head: head for head in heads} | {"missing": ""}, *lines):
             name, *cells = (line[head] for head in heads)
-            rest = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+            rest = " ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
             said = f"not run: {line['missing']}" if line["missing"] else rest
-            out.append(f"{name:{widths[0]}}  {said}")
+            out.append(f"{name:{widths[0]}} {said}".rstrip())
         return "\n".join(out)
 
     def __rich__(self) -> RenderableType:
-        """In two parts, since all columns are more than a terminal is wide."""
         from rich.console import Group
+        from rich.table import Table as RichTable
         from rich.text import Text
 
-        lines = self.plain()
-        heads = self._heads(lines)
-        scores = [head for head in heads if any(head in row.accuracy for row in self.rows)]
-        ran = [line for line in lines if not line["missing"]]
-        parts: list[RenderableType] = [_part(ran, [head for head in heads if head not in scores])]
-        if scores:
-            parts += [Text("\nBalanced accuracy"), _part(ran, [heads[0], *scores])]
+        parts: list[RenderableType] = []
+        for lines, heads in self._parts():
+            part = RichTable(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+            ran = [line for line in lines if not line["missing"]]
+            for head in heads:  # a head may be broken, a figure is not
+                width = max((len(line[head]) for line in ran), default=0)
+                side: Any = "left" if head == heads[0] else "right"
+                part.add_column(head, justify=side, min_width=width, overflow="fold")
+            for line in ran:
+                part.add_row(*(line[head] for head in heads))
+            parts += [part, Text()]
         parts += [Text(f"{name}: not run: {why}") for name, why in self.missing.items()]
         return Group(*parts)
 
-    @staticmethod
-    def _heads(lines: list[dict[str, str]]) -> list[str]:
-        """The columns in which anything stands."""
-        return [h for h in lines[0] if h != "missing" and any(line[h] for line in lines)]
-
-
-def _part(lines: list[dict[str, str]], heads: list[str]) -> RenderableType:
-    """Some columns; a head may be broken, a figure is not."""
-    from rich.table import Table as RichTable
-
-    table = RichTable(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for head in heads:
-        width = max((len(line[head]) for line in lines), default=0)
-        side: Any = "left" if head == heads[0] else "right"
-        table.add_column(head, justify=side, min_width=width, overflow="fold")
-    for line in lines:
-        table.add_row(*(line[head] for head in heads))
-    return table
+    def _parts(self) -> list[tuple[list[dict[str, str]], list[str]]]:
+        """The table in two, since all columns are more than a page is wide: lines, and their columns."""
+        lines = self.plain()
+        heads = [h for h in lines[0] if h != "missing" and any(line[h] for line in lines)]
+        scores = [head for head in heads if any(head in row.accuracy for row in self.rows)]
+        parts = [(lines, [head for head in heads if head not in scores])]
+        if scores:
+            scored = [line for line, row in zip(lines, self.rows, strict=True) if row.accuracy]
+            parts.append((scored, [heads[0], *scores]))
+        return parts
 
 
 def _as_text(row: Row, sources: list[str]) -> dict[str, str]:
@@ -544,8 +543,8 @@ def _as_text(row: Row, sources: list[str]) -> dict[str, str]:
     steps = "" if row.lsb is None else f"{row.lsb:.0f}" if row.exact is not None else f"{row.lsb:.2f}"
     cells = {
         "runtime": row.runtime,
-        "numbers": row.numbers,
-        "pictures": number(row.pictures or None),
+        "type": row.numbers,
+        "n": number(row.pictures or None),
         "verdicts": number(row.decisions),
         "bits": number(row.exact),
         "LSB": steps,
