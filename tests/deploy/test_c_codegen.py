@@ -243,6 +243,7 @@ def test_the_fast_program_is_five_pieces(model: Path, tmp_path: Path) -> None:
     ]
     plain = generate(model, tmp_path)
     assert fast.macs == plain.macs
+    assert f"#define PERSON_MACS {fast.macs} " in (tmp_path / "net.h").read_text()
     assert fast.arena_bytes < plain.arena_bytes
 
 
@@ -252,6 +253,15 @@ def test_what_fits_no_pattern_is_still_right(tmp_path: Path) -> None:
     fast = generate(path, tmp_path / "c", kernels="fast")
     assert "SOFTMAX" in {step.kind for step in fast.steps}
     equal(path, tmp_path, images(100), "fast")
+
+
+@pytest.mark.parametrize("zero", [-128, 127])
+def test_a_zero_at_either_end(zero: int, tmp_path: Path) -> None:
+    """A logit that is never above zero, or never below: the comparison is true or false for every picture."""
+    m = Model()
+    path = m.save(tmp_path, m.dense(m.reshape(m.input, 1, 192), 1, np.random.default_rng(0), zero=zero))
+    net = CNet(path, folder=tmp_path)
+    np.testing.assert_array_equal(net.persons(images(50, 8)), net.logits(images(50, 8)) > zero)
 
 
 def test_attention_is_seen(model: Path, tmp_path: Path) -> None:

@@ -185,6 +185,22 @@ class CNet:
                 sources = [file for file in self.generated.files if file.suffix == ".c"]
                 build(command, sources, self.path, [*STRICT, *flags, "-shared", "-fPIC"])
 
+    @property
+    def arena_bytes(self) -> int:
+        """Memory that it writes, but for the stack.
+
+        Book: deploy-c
+        """
+        return self.generated.arena_bytes
+
+    @property
+    def constant_bytes(self) -> int:
+        """Memory that it only reads: weights, biases, factors, tables.
+
+        Book: deploy-c
+        """
+        return self.generated.flash_bytes
+
     @cached_property
     def _library(self) -> Any:
         library = ctypes.CDLL(str(self.path))

@@ -136,6 +136,7 @@ def net(
 
 #define PERSON_IMAGE_BYTES {rgb} /* height x width x (red, green, blue) */
 #define PERSON_ARENA_BYTES {arena.size}
+#define PERSON_MACS {program.macs} /* multiply-accumulates of a call */
 #define PERSON_ZERO ({output_zero}) /* the logit that is zero */
 /* one step of the logit is {output_scale:.9g}: the logit is that times (person_logit(rgb) - PERSON_ZERO) */
 
@@ -230,7 +231,8 @@ int8_t person_logit(const uint8_t rgb[PERSON_IMAGE_BYTES])
 
 int person(const uint8_t rgb[PERSON_IMAGE_BYTES])
 {{
-    return person_logit(rgb) > PERSON_ZERO;
+    const int logit = person_logit(rgb);
+    return logit > PERSON_ZERO;
 }}
 
 #ifdef NET_TRACE
