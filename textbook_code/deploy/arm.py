@@ -127,7 +127,7 @@ def build(
         main.write_text(_MAIN, "utf-8")
         sources = [main, *(file for file in generated.files if file.suffix == ".c")]
         include = f"-I{generated.folder}"
-        compilers.build(compilers.zig(), sources, output, [include, *TARGET, *compilers.STRICT, *flags])
+        compilers.build(compilers.zig(), sources, output, [include, "-s", *TARGET, *compilers.STRICT, *flags])
     return Path(output)
 
 
