@@ -134,7 +134,7 @@ def test_onnx_runtime_says_the_same_on_an_arm(model: Path, tmp_path: Path) -> No
     """int8 to the last bit, float to rounding; needs Debian's and PyPI's servers."""
     needs_emulator()
     if shutil.which("apt-get") is None or not os.environ.get("TEXTBOOK_ARM"):
-        pytest.skip("TEXTBOOK_ARM is not set: the test downloads 250 MB from Debian and PyPI")
+        pytest.skip("TEXTBOOK_ARM is not set: the test downloads 150 MB from Debian and PyPI")
     onnx = pytest.importorskip("textbook_code.deploy.onnx")
     from textbook_code.models.vision.tiny_vit import TinyViT
 
