@@ -39,8 +39,6 @@ DATA: list[str] = []
 TOLERANCE = {"loss": 1e-6, "results": 0.0}
 REPLAY = ["plain/host", "fast/host"]
 
-_LOOPS = {"plain": "net_fully_connected", "fast": "four_rows"}
-
 
 def arms(config: dict) -> list[str]:
     return [f"{kernels}/{core}" for kernels in config["kernels"] for core in config["cores"]]
@@ -85,7 +83,7 @@ def run(config: dict, arm_name: str, *, steps: int | None = None, log) -> dict:
                     kind: {"steps": s.steps, "macs": s.macs, "instructions": round(s.instructions)}
                     for kind, s in profiled.steps.items()
                 },
-                "loop": inner_loop(mcu.build(project, cpu=core), _LOOPS[kernels]),
+                "loop": inner_loop(mcu.build(project, cpu=core)),
                 "compiler": first_line("arm-none-eabi-gcc"),
                 "emulator": first_line("qemu-system-arm"),
             }
@@ -107,31 +105,29 @@ def first_line(program: str) -> str:
     return subprocess.run([program, "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
-def inner_loop(program: Path, function: str) -> list[str]:
-    """The loop of a function that is densest in products, as disassembled."""
+def inner_loop(program: Path) -> list[str]:
+    """The loop of a program that is densest in products of the network, as disassembled."""
     tool = shutil.which("arm-none-eabi-objdump")
     if tool is None:
         raise mcu.EmulatorMissingError(
-            "arm-none-eabi-objdump is not installed: apt-get install gcc-arm-none-eabi"
+            "arm-none-eabi-objdump is not installed: apt-get install binutils-arm-none-eabi"
         )
-    text = subprocess.run(
-        [tool, "-d", "--no-show-raw-insn", str(program)], capture_output=True, text=True, check=True
-    ).stdout
-    found = re.search(rf"<{function}>:\n(.*?)(\n\n|\Z)", text, re.DOTALL)
-    if found is None:
-        raise ValueError(f"function: {program.name} has no {function}")
-    lines = [re.fullmatch(r"\s*([0-9a-f]+):\s+(.*?)\s*", line) for line in found[1].splitlines()]
-    code = [
-        (int(line[1], 16), re.sub(r"\s*[@;].*", "", line[2]).replace("\t", " ")) for line in lines if line
-    ]
+    command = [tool, "-d", "--no-show-raw-insn", str(program)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s*([0-9a-f]+):\s+(\S.*?)\s*(?:[@;].*)?$", text, re.MULTILINE)
+    code = [(int(place, 16), instruction.replace("\t", " ")) for place, instruction in found]
+    index = {place: i for i, (place, _) in enumerate(code)}
     loops = []
-    for at, text in code:
-        branch = re.match(r"b[a-z]{2}(?:\.[nw])? ([0-9a-f]+) <", text)
-        if branch and int(branch[1], 16) <= at:
-            body = [text for place, text in code if int(branch[1], 16) <= place <= at]
-            products = sum(bool(re.match(r"(smlad|smlabb|mla) ", text)) for text in body)
-            loops.append((products / len(body), body))
-    _, body = max(loops)
+    for i, (_, instruction) in enumerate(code):
+        branch = re.match(r"b[a-z]{2}(?:\.[nw])? ([0-9a-f]+) <", instruction)
+        start = index.get(int(branch[1], 16), i + 1) if branch else i + 1
+        if start <= i < start + 200:
+            body = [instruction for _, instruction in code[start : i + 1]]
+            products = sum(bool(re.match(r"(smlad|smlabb|mla) ", line)) for line in body)
+            plain = sum(line.startswith("ldrsb") for line in body) >= 2  # both factors are bytes in memory
+            if plain or products >= 8:
+                loops.append((products / len(body), -len(body), body))
+    *_, body = max(loops)
     return [*body[:-1], re.sub(r" .*", " (again)", body[-1])]
 
 

@@ -167,6 +167,15 @@ def test_make_builds_the_same_program(made: mcu.Project, expected: np.ndarray, t
     assert "warning" not in done.stderr
     said = [int(q) for q in re.findall(r"logit (-?\d+)", done.stdout + done.stderr)]
     assert said == expected[:2].tolist()
+    given = tmp_path / "by-hand/images.rgb"
+    for damage, message in (
+        (lambda: given.write_bytes(bytes(5)), "not whole"),
+        (given.unlink, "no such file"),
+    ):
+        damage()
+        done = subprocess.run(["make", "run"], cwd=given.parent, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert message in done.stdout + done.stderr
 
 
 def test_sizes_are_those_of_the_binutils(made: mcu.Project) -> None:

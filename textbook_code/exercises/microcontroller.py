@@ -18,15 +18,16 @@ Life = tuple[int, int, int]  # size, first, last
 
 def _check_count(answer: Callable[[int], Any]) -> str | None:
     for rows in (1, 2, 4, 8):
-        expected = (1 + 2 + 4 * rows + 3) / (4 * rows)
+        expected = (2 * (3 + 3 * rows) + 5) / (8 * rows)
         got, what = answer(rows), f"{rows} rows"
         if problem := number_problem(got, expected, what):
             slips = {
-                (6 + 4 * rows) / (2 * rows): "a dual product is two multiply-accumulates, not one",
-                (6 + 2 * rows) / (4 * rows): "each row has two pairs to load besides its two products",
-                (6 + 4 * rows) / rows: "four columns of each row are done in one turn",
-                (6 + 4 * rows): "that is one turn of the loop; divide by its multiply-accumulates",
-                (3 + 4 * rows) / (4 * rows): "the loop's own three instructions are missing",
+                (2 * (3 + 3 * rows) + 5) / (4 * rows): "a dual product is two multiply-accumulates, not one",
+                (2 * (3 + 2 * rows) + 5) / (8 * rows): "each row has a load besides its two dual products",
+                (2 * (3 + 4 * rows) + 5) / (8 * rows): "one double load brings both pairs of a row",
+                (3 + 3 * rows + 5) / (4 * rows): "a turn does two groups; its five are shared by both",
+                2 * (3 + 3 * rows) + 5: "that is one turn; divide by its multiply-accumulates",
+                2 * (3 + 3 * rows) / (8 * rows): "the loop's own five instructions are missing",
             }
             for wrong, said in slips.items():
                 if number_problem(got, wrong, what) is None:
@@ -178,9 +179,10 @@ def _check_clashes(answer: Callable[..., Any]) -> str | None:
 
 _COUNT = """
     def per_mac(rows):
-        load, widen, loop = 1, 2, 3
-        each_row = 2 + 2
-        return (load + widen + rows * each_row + loop) / (4 * rows)
+        load, widen, loop = 1, 2, 5
+        each_row = 1 + 2
+        group = load + widen + rows * each_row
+        return (2 * group + loop) / (8 * rows)
 """
 
 _RESCALE = """
@@ -247,11 +249,11 @@ EXERCISES = (
         title="Count before you measure",
         stars=1,
         statement=r"""
-            The innermost loop multiplies `rows` rows of 16-bit numbers with one row of bytes, four columns a
-            turn. A turn loads four bytes of the weight (one instruction) and widens them to two pairs (two
-            more). Each row then loads two pairs and makes two dual products. The loop itself takes three.
-            Write `per_mac(rows)`, the instructions for each multiply-accumulate. What does it tend to, and
-            what keeps you from taking sixteen rows?
+            The innermost loop multiplies `rows` rows of 16-bit numbers with one row of bytes. Four columns
+            take one load of weights, two instructions to widen them, and for each row a double load of two
+            pairs and two dual products. A turn of the loop does two such groups and needs five instructions
+            of its own. Write `per_mac(rows)`, the instructions for each multiply-accumulate. What does it
+            tend to, and what keeps you from taking sixteen rows?
         """,
         answer="per_mac",
         starter="""
@@ -260,10 +262,16 @@ EXERCISES = (
         """,
         solution=_COUNT,
         wrong=_slips_of(
-            _COUNT, ("(4 * rows)", "(2 * rows)"), ("2 + 2", "2"), (" + loop", ""), (" / (4 * rows)", "")
+            _COUNT,
+            ("(8 * rows)", "(4 * rows)"),
+            ("1 + 2\n", "2\n"),
+            ("1 + 2\n", "2 + 2\n"),
+            (" + loop) / (8", ") / (8"),
+            (" / (8 * rows)", ""),
+            ("(2 * group + loop) / (8 * rows)", "(group + loop) / (4 * rows)"),
         ),
         check=_check_count,
-        hint="Four columns of each row: how many products of two bytes is that in a turn?",
+        hint="Eight columns of each row: how many products of two bytes is that in a turn?",
     ),
     Exercise(
         name="microcontroller/rescale",
