@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import IO
 
 
@@ -47,6 +48,8 @@ def quiet() -> Iterator[Heard]:
             stack.callback(os.close, kept)
             stack.callback(os.dup2, kept, number)
             os.dup2(heard.fileno(), number)
+        if (inside := _notebook()) is not None:  # where some libraries show their progress past every stream
+            stack.enter_context(inside)
         try:
             with open(os.devnull, "w") as nothing, warnings.catch_warnings():  # noqa: PTH123
                 warnings.simplefilter("ignore")
@@ -60,6 +63,15 @@ def quiet() -> Iterator[Heard]:
         finally:
             logging.disable(disabled)
             said.text = _text(heard)
+
+
+def _notebook() -> AbstractContextManager[object] | None:
+    """What keeps from a notebook the things that are displayed in it, where there is one."""
+    if "IPython" not in sys.modules or sys.modules["IPython"].get_ipython() is None:
+        return None
+    from IPython.utils.capture import capture_output
+
+    return capture_output(stdout=False, stderr=False, display=True)
 
 
 def _text(file: IO[bytes]) -> str:

@@ -20,7 +20,8 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,17 @@ def check_deployable(model: TinyViT) -> None:
             raise ExportError(f"model: {name} has values that are not finite")
 
 
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Switch off the converter's progress, which in a notebook is displayed past every stream."""
+    progress = require("litert_torch.progress", extra="deploy").config
+    shown, progress.show_progress = progress.show_progress, False
+    try:
+        yield
+    finally:
+        progress.show_progress = shown
+
+
 def folded_float(model: TinyViT) -> TinyViT:
     """The folded model in float32, whatever the precision that its weights are kept in.
 
@@ -150,15 +162,9 @@ def convert(model: TinyViT, path: str | Path, *, tolerance: float = 1e-4) -> Pat
     sample = (torch.zeros(1, size, size, channels),)
     with quiet():
         litert_torch = require("litert_torch", extra="deploy")
-        progress = require("litert_torch.progress", extra="deploy").config
-        shown, progress.show_progress = progress.show_progress, False
-        try:
-            edge = litert_torch.convert(wrapped, sample)
-        finally:
-            progress.show_progress = shown
         path.parent.mkdir(parents=True, exist_ok=True)
-        with moved_into_place(path) as partial:
-            edge.export(str(partial))
+        with _without_progress(), moved_into_place(path) as partial:
+            litert_torch.convert(wrapped, sample).export(str(partial))
             images = np.random.default_rng(0).integers(0, 256, (4, size, size, channels), np.uint8)
             with torch.no_grad():
                 expected = wrapped(torch.from_numpy(as_float(images))).numpy()
