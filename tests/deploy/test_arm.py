@@ -48,7 +48,7 @@ def program(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow  # the first time, zig builds a C library for the target
-def test_the_program_gives_the_bits_of_this_machine(program: Path, model: Path) -> None:
+def test_the_program_gives_the_bits_of_this_machine(program: Path, model: Path, tmp_path: Path) -> None:
     needs_emulator()
     expected = compilers.CNet(model).logits(pictures(20))
     assert np.array_equal(arm.run(program, pictures(20)), expected)
@@ -57,6 +57,8 @@ def test_the_program_gives_the_bits_of_this_machine(program: Path, model: Path) 
     assert header[:5] == b"\x7fELF\x02"
     assert int.from_bytes(header[18:20], "little") == 183  # AArch64
     assert list(program.parent.iterdir()) == [program]
+    again = arm.build(model, tmp_path / "again", kernels="fast")
+    assert again.read_bytes() == program.read_bytes(), "nothing of the place where it was built is in it"
 
 
 @pytest.mark.slow
@@ -132,7 +134,7 @@ def test_onnx_runtime_says_the_same_on_an_arm(model: Path, tmp_path: Path) -> No
     """int8 to the last bit, float to rounding; needs Debian's and PyPI's servers."""
     needs_emulator()
     if shutil.which("apt-get") is None or not os.environ.get("TEXTBOOK_ARM"):
-        pytest.skip("TEXTBOOK_ARM is not set: the test downloads 250 MB from Debian and PyPI")
+        pytest.skip("TEXTBOOK_ARM is not set: the test downloads 150 MB from Debian and PyPI")
     onnx = pytest.importorskip("textbook_code.deploy.onnx")
     from textbook_code.models.vision.tiny_vit import TinyViT
 

@@ -127,7 +127,7 @@ def build(
         main.write_text(_MAIN, "utf-8")
         sources = [main, *(file for file in generated.files if file.suffix == ".c")]
         include = f"-I{generated.folder}"
-        compilers.build(compilers.zig(), sources, output, [include, *TARGET, *compilers.STRICT, *flags])
+        compilers.build(compilers.zig(), sources, output, [include, "-s", *TARGET, *compilers.STRICT, *flags])
     return Path(output)
 
 
@@ -163,7 +163,7 @@ def setup(folder: str | Path) -> Path:
     """Put an Arm Python 3.11 with NumPy and ONNX Runtime into a folder, without being root.
 
     Debian's packages for arm64 are downloaded and unpacked, not installed, and PyPI's wheels likewise; about
-    250 MB. On an Arm there is nothing to do but `pip install onnxruntime`.
+    150 MB. On an Arm there is nothing to do but `pip install onnxruntime`.
 
     Args:
         folder: a new one; it appears whole or not at all.
