@@ -62,7 +62,7 @@ def test_fully_connected(case: int, word: str) -> None:
         "FULLY_CONNECTED", [*tensors, Given((5, 23), sy, zy)],
         activation(schema.FullyConnectedOptionsT(), word), "FullyConnectedOptions",
     )  # fmt: skip
-    product = float(sx) * sw.astype(float) if per_channel else np.float64(sx * sw[0])
+    product = float(sx) * sw.astype(float) if per_channel else float(sx) * float(sw[0])
     ours = integer.fully_connected(
         x, w, b, Rescale.of(product / float(sy)), x_zero=zx, out_zero=zy, low=zy if word == "RELU" else -128
     )
@@ -110,7 +110,7 @@ def test_batch_matmul(case: int) -> None:
         [Given(a.shape, sa, za), Given(b.shape, sb, zb), Given((3, 6, 5), sy, zy)],
         schema.BatchMatMulOptionsT(), "BatchMatMulOptions",
     )  # fmt: skip
-    rescale = Rescale.of(float(sa * sb) / float(sy))
+    rescale = Rescale.of(float(sa) * float(sb) / float(sy))
     check(integer.batch_matmul(a, b, rescale, a_zero=za, b_zero=zb, out_zero=zy), content, a, b)
 
 
@@ -223,6 +223,27 @@ def test_litert_rounds_a_matrix_product_once_and_tflite_micro_twice() -> None:
     np.testing.assert_array_equal(ours, micro(content, x))
     off = np.abs(reference(content, x).astype(int) - ours)
     assert off.max() == 1 and 0 < off.mean() < 0.01
+
+
+def test_the_product_of_two_scales_is_not_rounded_to_a_float() -> None:
+    rng = np.random.default_rng(0)
+    while True:  # a sum for which it matters
+        sa, sb = np.float32(rng.uniform(0.005, 0.03)), np.float32(rng.uniform(0.001, 0.01))
+        sy = np.float32(float(sa) * float(sb) * rng.uniform(100, 4000))
+        sums = np.arange(120 * 120)
+        double, single = (Rescale.of(p / float(sy)) for p in (float(sa) * float(sb), float(sa * sb)))
+        differ = sums[(double(sums) != single(sums)) & (double(sums) < 120)]
+        if len(differ):
+            break
+    many, rest = divmod(int(differ[0]), 120)
+    a, b = np.array([[[many, rest]]], np.int8), np.array([[[120], [1]]], np.int8)
+    content = model(
+        "BATCH_MATMUL", [Given(a.shape, sa), Given(b.shape, sb), Given((1, 1, 1), sy)],
+        schema.BatchMatMulOptionsT(), "BatchMatMulOptions",
+    )  # fmt: skip
+    ours, not_ours = (integer.batch_matmul(a, b, r, a_zero=0, b_zero=0, out_zero=0) for r in (double, single))
+    np.testing.assert_array_equal(micro(content, a, b), ours)
+    assert ours != not_ours
 
 
 # Against floats.

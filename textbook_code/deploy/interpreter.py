@@ -114,10 +114,9 @@ def _zero(tensor: Tensor) -> int:
 
 
 def _product_scale(a: Tensor, b: Tensor, out: Tensor) -> Any:
-    """s_a s_b / s_y as the reference has it: one product of scales is rounded to a float, many are not."""
-    if len(b.scale) > 1:
-        return float(_scale(a)) * np.array(b.scale, dtype=np.float64) / float(_scale(out))
-    return float(_scale(a) * _scale(b)) / float(_scale(out))
+    """s_a s_b / s_y, one or one a channel, in double precision as the reference has it."""
+    scales = np.array(b.scale, dtype=np.float64)
+    return float(_scale(a)) * (scales if len(scales) > 1 else scales[0]) / float(_scale(out))
 
 
 def _clamp(op: Op, out: Tensor) -> tuple[int, int]:
