@@ -42,7 +42,7 @@ CONFIG = {
     "student": {"patch_size": 4, "d_model": 64, "num_layers": 4, "num_heads": 4, "d_ff": 128},
     "teacher": {"patch_size": 4, "d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 256},
     "batch_size": 64,
-    "steps": {"teacher": 1400, "student": 2000, "longer": 2400, "quantised": 100},
+    "steps": {"teacher": 3000, "student": 2000, "longer": 2400, "quantised": 100},
     "warmup": 100,
     "lr": {"teacher": 1e-3, "student": 1.5e-3, "longer": 1.5e-3, "quantised": 1e-4},
     "floor": 0.02,
