@@ -44,7 +44,7 @@ CONFIG = {
     "batch_size": 64,
     "steps": {"teacher": 3000, "student": 2000, "longer": 2400, "quantised": 100},
     "warmup": 100,
-    "lr": {"teacher": 1e-3, "student": 1.5e-3, "longer": 1.5e-3, "quantised": 1e-4},
+    "lr": {"teacher": 1e-3, "student": 1.5e-3, "longer": 1.5e-3, "quantised": 5e-5},
     "floor": 0.02,
     "weight_decay": 0.05,
     "temperature": 2.0,
@@ -57,7 +57,7 @@ TOLERANCE = {"loss": 1e-3, "results": 0.05}
 REPLAY = ["teacher/seed-0", "plain/seed-0"]
 CHECKPOINT = {
     "name": "person-vit",
-    "arm": "quantised/seed-0",
+    "arm": "longer/seed-0",
     "metric": "emoji_balanced_accuracy",
     "interval": "emoji_interval",
 }
@@ -174,7 +174,7 @@ def longer(config: dict, *, seed: int, steps: int | None, log) -> TinyViT:
 def quantised(config: dict, seed: int, steps: int | None, log) -> tuple[TinyViT, dict]:
     """The longer trained student, folded, trained with the rounding of int8; and what int8 costs it."""
     draw = torch.Generator().manual_seed(1000 + seed)
-    pictures = batches(config["calibration"], json.dumps(config["shares"]))(0, draw)[0]
+    pictures = batches(config["calibration"], json.dumps(config["longer_shares"]))(0, draw)[0]
     aware = prepare(fold(trained(config, "longer", seed)), pictures)
     before = {} if steps else measured(config, aware)
     seen = 0
@@ -200,7 +200,10 @@ def fit(config: dict, model: nn.Module, loss_fn, size: str, seed: int, total: in
     done = train(
         model,
         loss_fn,
-        batches(config["batch_size"], json.dumps(config["longer_shares" if size == "longer" else "shares"])),
+        batches(
+            config["batch_size"],
+            json.dumps(config["shares" if size in ("teacher", "student") else "longer_shares"]),
+        ),
         steps=min(total, steps or total),
         optimizer=torch.optim.AdamW(
             model.parameters(), lr=config["lr"][size], weight_decay=config["weight_decay"], fused=True

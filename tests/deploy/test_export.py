@@ -53,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("model")
     network.save_pretrained(where)
     model = runtimes.Model(where, calibration=seen)
-    (where / runtimes.INT8_FILE).write_bytes(model.int8.read_bytes())
+    for made in (model.int8, model.tflite):
+        (where / made.name).write_bytes(made.read_bytes())
     return where
 
 
@@ -100,11 +101,9 @@ def test_every_kind_is_written_and_listed(kind: str, run: Run, folder: Path, tmp
     assert all((tmp_path / line.split()[0]).stat().st_size == int(line.split()[1].replace(",", ""))
                for line in lines[1:])  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # and nothing half-written
-
-
-def test_the_integer_file_is_written_as_it_is(run: Run, folder: Path, tmp_path: Path) -> None:
-    assert run("export", "tflite", "out", "--model", folder)[0] == 0
-    assert (tmp_path / "out/model_int8.tflite").read_bytes() == (folder / "model_int8.tflite").read_bytes()
+    if kind == "tflite":  # the integer file as it is, and the float one it was made from
+        for name in (runtimes.INT8_FILE, "model.tflite"):
+            assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_a_folder_in_use_is_left_alone(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -188,16 +187,6 @@ def test_a_model_over_budget_says_by_how_much(run: Run, folder: Path) -> None:
     assert run("export", "c", "out", *exact, "--kernels", "plain", "--model", folder)[0] == 0
 
 
-@pytest.fixture(scope="module")
-def with_float_op(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
-    """A whole .tflite file whose operations are not integers: the float model itself."""
-    from textbook_code.deploy import tflite
-
-    path = tmp_path_factory.mktemp("float") / "float.tflite"
-    tflite.convert(TinyViT.from_pretrained(str(folder)), path)
-    return path
-
-
 def test_an_operation_that_cannot_be_generated_is_named_with_its_layer(
     run: Run, folder: Path, tmp_path: Path
 ) -> None:
@@ -225,9 +214,9 @@ def test_an_operation_that_cannot_be_generated_is_named_with_its_layer(
     assert (status, out) == (2, "") and "LOG_SOFTMAX" in last_line(err)
 
 
-def test_a_float_file_is_no_integer_model(run: Run, with_float_op: Path, tmp_path: Path) -> None:
+def test_a_float_file_is_no_integer_model(run: Run, folder: Path, tmp_path: Path) -> None:
     for kind in ("c", "mcu", "wasm"):
-        status, _, err = run("export", kind, "out", "--model", with_float_op)
+        status, _, err = run("export", kind, "out", "--model", folder / "model.tflite")
         assert status == 2 and "expected one int8 output, got float32" in last_line(err)
     assert nothing_left(tmp_path)
 

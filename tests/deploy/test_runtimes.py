@@ -345,7 +345,10 @@ def test_what_is_measured_of_the_model(table: Table, model: Model) -> None:
         assert (table[name].memory or 0) > 1000, name
 
 
-@pytest.mark.parametrize("name", ["cortex-m7", "cortex-m4", "cortex-m3", "aarch64"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("cortex-m4", "cortex-m3")]
+
+
+@pytest.mark.parametrize("name", ["cortex-m7", "aarch64", *SLOW])
 def test_emulated_processors_give_the_same_bits(model: Model, name: str) -> None:
     table = compare(model, pictures(24), runtimes=[name], limits={name: 2})
     row = table[name]
