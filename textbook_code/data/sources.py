@@ -740,6 +740,8 @@ _ALL = (
         caveats=(
             "It is fetched by each reader and run on; neither the book nor the package ships any of it.",
             "The faces are grey, 25 × 25, and without names, so that one person may be there twice.",
+            "Their backgrounds are blurred, many have a black corner, a few show part of a face: how rough a "
+            "picture is tells the two apart, without any face being recognised.",
             "Nine photographs are nine photographs: crops of one are not independent.",
         ),
     ),

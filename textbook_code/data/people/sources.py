@@ -78,7 +78,7 @@ _FIGURES = {  # things with a human figure on them
     "statue_of_liberty",
     "wc",
     "wheelchair",
-    "womens",
+    "womens",  # codespell:ignore womens
     "x-ray",
 }
 _ALIKE = {"alphanum", "arrow", "av-symbol", "currency", "geometric", "keycap", "math", "religion", "zodiac"}
