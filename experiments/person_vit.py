@@ -3,15 +3,15 @@
 A student within the budget learns emoji, pedestrians and faces together. It then learns as long again with
 more emoji in a batch, the hardest source. Last, its norms folded into its matrices, it goes on for a while
 with the rounding of int8 in its forward pass; int8 is measured before and after. That folded model is the
-checkpoint. Apart from these, distillation is tried where there is much to gain, in a training of a fifth of the
-length: once from the labels alone, and once, with the same batches, also from the logits of a teacher, which
-is of the same family, twice as wide, and was trained longer.
+checkpoint. Apart from these, distillation is tried where there is much to gain, in a training of a fifth of
+the length: once from the labels alone, and once, with the same batches, also from the logits of a teacher,
+which is of the same family, twice as wide, and was trained longer.
 
 How the settings were chosen: the learning rate by three short runs of a model with patches of 8 (of 1.5, 6
 and 12 thousandths the lowest was best by far, judged on the test split of emoji); the student's size before
 any search. A first teacher with patches of 8 came out worse than the student of full length, and so does this
-one, which is why the checkpoint has none. A second training with rounding,
-with more emoji in a batch and half the learning rate, gave emoji half a point more and came too late.
+one, which is why the checkpoint has none. A second training with rounding, with more emoji in a batch and
+half the learning rate, gave emoji half a point more and came too late.
 
 Book: person-distill
 """

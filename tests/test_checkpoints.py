@@ -22,10 +22,12 @@ CONFIG = BertConfig(vocab_size=61, d_model=12, num_layers=2, num_heads=3, d_ff=1
 def class_of(name: str) -> type[Pretrained]:
     """The class that the manifest names, looked for in the files of the models."""
     wanted = checkpoints.manifest()[name]["class"]
-    for path in sorted(Path(import_module("textbook_code.models.text").__file__).parent.glob("*.py")):
-        module = import_module(f"textbook_code.models.text.{path.stem}")
-        if wanted in vars(module):
-            return vars(module)[wanted]
+    for room in ("text", "vision"):
+        folder = Path(import_module(f"textbook_code.models.{room}").__file__).parent
+        for path in sorted(folder.glob("*.py")):
+            module = import_module(f"textbook_code.models.{room}.{path.stem}")
+            if wanted in vars(module):
+                return vars(module)[wanted]
     raise AssertionError(f"no model class {wanted}")
 
 

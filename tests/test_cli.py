@@ -47,7 +47,8 @@ def test_version(run) -> None:
 
 def test_without_arguments_the_commands_are_listed(run) -> None:
     _, out, err = run()
-    assert all(command in out + err for command in ("doctor", "fetch", "check", "version", "export", "predict"))
+    commands = ("doctor", "fetch", "check", "version", "export", "predict")
+    assert all(command in out + err for command in commands)
 
 
 @pytest.mark.parametrize("command", ["version", "fetch", "check", "doctor", "export", "predict"])

@@ -33,6 +33,7 @@ EMULATORS = {  # program: its Debian package
     "qemu-system-arm": "qemu-system-arm",
     "qemu-aarch64-static": "qemu-user-static",
     "arm-none-eabi-gcc": "gcc-arm-none-eabi",
+    "arm-none-eabi-size": "binutils-arm-none-eabi",
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 

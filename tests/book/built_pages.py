@@ -205,7 +205,8 @@ async def _opened(context: BrowserContext, url: str, address: str, report: Repor
 # Mathematics is set, and the explorer stands, before anything is measured.
 _SETTLED = """async () => {
   if (window.MathJax?.startup?.promise) await window.MathJax.startup.promise;
-  const figures = () => [...document.querySelectorAll("figure.attention-explorer:not(.ae-on)")];
+  const waiting = "figure.attention-explorer:not(.ae-on), figure.person-demo:not(.pn-on)";
+  const figures = () => [...document.querySelectorAll(waiting)];
   for (let i = 0; figures().length && i < 100; i++) await new Promise((resolve) => setTimeout(resolve, 100));
   await document.fonts.ready;
 }"""

@@ -66,7 +66,7 @@ def test_no_page_is_wider_than_its_screen(reports: dict[str, Report]) -> None:
 
 def test_pages_are_light(reports: dict[str, Report]) -> None:
     """A page is at most a megabyte, without its pictures and what pages share: theme, MathJax, search."""
-    shared = re.compile(r"^(_static/(?!explorer/|attention-)|searchindex\.js$)")
+    shared = re.compile(r"^(_static/(?!explorer/|attention-|person-)|searchindex\.js$)")
     for name, report in reports.items():
         own = {file: size for file, size in report.bytes.items() if not shared.match(file)}
         assert own[name] == (HTML / name).stat().st_size

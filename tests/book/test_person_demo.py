@@ -411,7 +411,7 @@ def test_webcam_that_is_refused_or_not_there(page: Page) -> None:
 def test_nothing_jumps(page: Page) -> None:
     """One height, whatever is shown."""
     page.add_style_tag(content="body { min-width: 0 }")
-    for width in (390, 640, 800):
+    for width in (390, 640, 700, 800):
         page.set_viewport_size({"width": width, "height": 900})
         heights = set()
         for i in range(page.locator(".pn-sample input").count()):
