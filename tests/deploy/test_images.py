@@ -154,11 +154,11 @@ def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off(tmp_path: Path) -> None:
 
 def test_transparency_is_laid_on_the_background(tmp_path: Path) -> None:
     rgba = np.zeros((1, 3, 4), np.uint8)
-    rgba[0] = [[200, 100, 0, 255], [200, 100, 0, 0], [200, 100, 0, 128]]
+    rgba[0] = [[200, 100, 0, 255], [200, 100, 0, 0], [201, 100, 0, 128]]
     path = save(rgba, tmp_path / "x.png")
-    assert read(path).tolist() == [[[200, 100, 0], [255, 255, 255], [227, 177, 127]]]
+    assert read(path).tolist() == [[[200, 100, 0], [255, 255, 255], [228, 177, 127]]]
     green = read(path, background=(0, 255, 0))
-    assert green.tolist() == [[[200, 100, 0], [0, 255, 0], [100, 177, 0]]]
+    assert green.tolist() == [[[200, 100, 0], [0, 255, 0], [101, 177, 0]]]
     pair = np.array([[[10, 0], [10, 255]]], np.uint8)
     Image.fromarray(pair).save(path)  # LA
     assert read(path).tolist() == [[[255] * 3, [10] * 3]]
