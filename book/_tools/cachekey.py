@@ -4,8 +4,10 @@ The parts of a page's key are hashes under readable names, so that a page that h
 
     cells                              its code cells with their tags
     code:layers/norms.py               each file of the package that the cells import, transitively
+    beside:deploy/wasm.c               each other file beside those or below, such as a kernel in C
     data:minilm                        each source of data or weights that they name
-    experiment:NAME, checkpoint:NAME   each recorded experiment and each checkpoint that they name
+    experiment:NAME                    each recorded experiment that they name
+    checkpoint:NAME/file               each file of a checkpoint that they name
     file:table.csv                     each file beside the page that they name
     constraints, python                the libraries and the interpreter
 
@@ -38,7 +40,7 @@ class Inputs:
 
     Attributes:
         package: the folder of the package.
-        experiments, checkpoints: folders of the records (`NAME.json`) and of the checkpoints (`NAME.*`).
+        experiments, checkpoints: folders of the records (`NAME.json`) and of the checkpoints (`NAME/`).
         constraints: the file that pins the libraries.
         sources: a fingerprint for each source of data or weights.
     """
@@ -78,11 +80,17 @@ def parts(path: Path, text: str, cells: Iterable[str], cells_hash: str, inputs: 
     strings = set(_literals(code))
     named = strings | set(_words(text))
     found = {"cells": cells_hash, "constraints": _hash(inputs.constraints), "python": _python()}
-    for file in needed_files("\n".join(code), package=inputs.package):
-        found[f"code:{file.relative_to(inputs.package.resolve()).as_posix()}"] = _hash(file)
+    package = inputs.package.resolve()
+    needed = needed_files("\n".join(code), package=package)
+    found |= {f"code:{file.relative_to(package).as_posix()}": _hash(file) for file in needed}
+    found |= {
+        f"beside:{file.relative_to(package).as_posix()}": _hash(file)
+        for file in _beside_code(needed, package)
+    }
     found |= {f"data:{name}": inputs.sources[name] for name in named & inputs.sources.keys()}
     found |= {f"experiment:{p.stem}": _hash(p) for p in _files(inputs.experiments, "*.json", named)}
-    found |= {f"checkpoint:{p.name}": _hash(p) for p in _files(inputs.checkpoints, "*", named)}
+    for folder in (p for p in sorted(inputs.checkpoints.glob("*/")) if p.name in named):
+        found |= {f"checkpoint:{folder.name}/{p.name}": _hash(p) for p in sorted(folder.iterdir())}
     for name in strings:
         if (file := _beside(path, name)) is not None:
             found[f"file:{name}"] = _hash(file)
@@ -126,6 +134,13 @@ def _words(text: str) -> Iterator[str]:
 def _files(folder: Path, pattern: str, named: set[str]) -> list[Path]:
     """Files of a folder whose name, with or without its ending, is named."""
     return [p for p in sorted(folder.glob(pattern)) if p.is_file() and {p.name, p.stem} & named]
+
+
+def _beside_code(needed: Iterable[Path], package: Path) -> set[Path]:
+    """What is no Python in the folders of these files and below; but not in the package's own folder."""
+    folders = {file.parent for file in needed} - {package, package / "checkpoints"}
+    files = {file for folder in folders for file in folder.rglob("*") if file.is_file()}
+    return {file for file in files if file.suffix not in (".py", ".pyc")}
 
 
 def _beside(page: Path, name: str) -> Path | None:
