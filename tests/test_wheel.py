@@ -61,6 +61,19 @@ def wheel(built: Path) -> Path:
     return next(built.glob("*.whl"))
 
 
+def test_the_wheel_holds_what_is_no_python(built: Path) -> None:
+    names = set(zipfile.ZipFile(wheel(built)).namelist())
+    for folder in (
+        "deploy/c_codegen/kernels",
+        "deploy/mcu/firmware",
+        "data/pedestrians",
+        "checkpoints/person-vit",
+    ):
+        here = {p.name for p in (ROOT / "textbook_code" / folder).iterdir() if p.is_file()}
+        assert here and {f"textbook_code/{folder}/{name}" for name in here} <= names
+    assert "textbook_code/deploy/wasm.c" in names
+
+
 def test_the_wheel_holds_the_package_and_the_records(built: Path) -> None:
     names = set(zipfile.ZipFile(wheel(built)).namelist())
     assert {"textbook_code/__init__.py", "textbook_code/py.typed"} <= names
