@@ -73,7 +73,7 @@ def _check_agreement(answer: Callable[..., Any]) -> str | None:
         cases.append((a, b, int(rng.integers(-40, 40))))
     for a, b, zero in cases:
         got = answer(a.copy(), b.copy(), zero)
-        if not isinstance(got, tuple) or len(got) != 3:
+        if not isinstance(got, tuple | list) or len(got) != 3:
             return "expected three numbers: equal verdicts, equal bits, largest difference."
         if not all(_whole(value) for value in got):
             return f"expected three whole numbers, got {got!r}."
