@@ -7,7 +7,7 @@ of TensorFlow Lite Micro and the C of `deploy` have as well. Nothing in a kernel
 turned into integers before.
 
 A number x is held as q = round(x / s) + z, with the scale s and the zero point z. Qm.n is a fixed-point
-number of n bits behind the point: an int32 holding x · 2ⁿ, with |x| < 2ᵐ.
+number of n bits behind the point: an int32 holding x · 2ⁿ, with the size of x below 2ᵐ.
 Papers: Jacob et al. (2018); Jacob and Warden (2015, gemmlowp).
 
 Book: integer-multiplier

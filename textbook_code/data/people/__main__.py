@@ -1,6 +1,6 @@
 """``python -m textbook_code.data.people pedestrians VIDEO FOLDER``: make the pedestrians again.
 
-Book: person-pedestrians
+Book: person-data
 """
 
 import argparse
@@ -13,7 +13,7 @@ from textbook_code.data.people.pedestrians import make
 def main(arguments: list[str] | None = None) -> int:
     """Make the sheet and its list, and print what was found, kept and lost.
 
-    Book: person-pedestrians
+    Book: person-data
     """
     parser = argparse.ArgumentParser(prog="python -m textbook_code.data.people", description=__doc__)
     parser.add_argument("what", choices=["pedestrians"])

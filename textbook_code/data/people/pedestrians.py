@@ -10,7 +10,7 @@ differ in place and in time; what lies across a border is dropped and counted.
 Needs OpenCV below 5 (`opencv-python-headless<5`), whose later versions lack the detector.
 Paper: Dalal and Triggs (2005), for the detector.
 
-Book: person-pedestrians
+Book: person-data
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Find:
         score: the detector's.
         track: number of the walk that it belongs to.
 
-    Book: person-pedestrians
+    Book: person-data
     """
 
     frame: int
@@ -94,7 +94,7 @@ def make(video: str | Path, folder: str | Path) -> dict[str, Any]:
         ValueError: OpenCV cannot read it.
         ImportError: OpenCV is not installed, or it is version 5 or later.
 
-    Book: person-pedestrians
+    Book: person-data
     """
     cv2 = require("cv2", extra="test")
     if not hasattr(cv2, "HOGDescriptor"):

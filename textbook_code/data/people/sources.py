@@ -164,7 +164,7 @@ def pedestrian_scene() -> tuple[Tensor, list[dict[str, Any]]]:
         order of `load` within a split, its "frame", its "box" (left, top, width, height in pixels of the
         whole frame), "person", "group" and "split".
 
-    Book: person-pedestrians
+    Book: person-data
     """
     folder = files("textbook_code.data") / "pedestrians"
     ground = np.asarray(_open(io.BytesIO((folder / "ground.jpg").read_bytes())))
