@@ -12,8 +12,8 @@ import torch
 from textbook_code import checkpoints
 from textbook_code.compression.quantize import QuantisationAware, prepare
 from textbook_code.deploy import interpreter, tflite
-from textbook_code.deploy.graph import Graph, Op, read
-from textbook_code.deploy.interpreter import Interpreter, UnsupportedOpError
+from textbook_code.deploy.graph import Graph, Op, UnsupportedOpError, read
+from textbook_code.deploy.interpreter import Interpreter
 from textbook_code.models.vision.tiny_vit import TinyViT, TinyViTConfig, fold
 
 IMAGES = np.random.default_rng(3).integers(0, 256, (20, 32, 32, 3), np.uint8)

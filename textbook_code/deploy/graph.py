@@ -43,6 +43,13 @@ class GraphError(ValueError):
     """
 
 
+class UnsupportedOpError(ValueError):
+    """A whole model with something in it for which there is no kernel; the message names it and its layer.
+
+    Book: deploy-graph
+    """
+
+
 @dataclass(frozen=True)
 class Tensor:
     r"""A tensor: name, shape, type, how its integers stand for numbers, and its data if it is constant.

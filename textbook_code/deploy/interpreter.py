@@ -19,16 +19,8 @@ from numpy.typing import NDArray
 
 from textbook_code.compression import integer
 from textbook_code.compression.integer import Rescale
-from textbook_code.deploy.graph import Graph, Op, Tensor, read
+from textbook_code.deploy.graph import Graph, Op, Tensor, UnsupportedOpError, read
 from textbook_code.deploy.tflite import as_int8
-
-
-class UnsupportedOpError(ValueError):
-    """An operation that the interpreter has no kernel for.
-
-    Book: deploy-interpreter
-    """
-
 
 Kernel = Callable[["Interpreter", Op, list[Any]], Any]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from textbook_code.deploy.c_codegen import emit
 from textbook_code.deploy.c_codegen.fast import Fast
 from textbook_code.deploy.c_codegen.plain import Plain
-from textbook_code.deploy.c_codegen.program import Program, Step, UnsupportedOpError
-from textbook_code.deploy.graph import Graph, read
+from textbook_code.deploy.c_codegen.program import Program, Step
+from textbook_code.deploy.graph import Graph, UnsupportedOpError, read
 
 __all__ = ["Budget", "Generated", "OverBudgetError", "UnsupportedOpError", "generate"]
 

@@ -13,16 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textbook_code.compression.integer import Rescale, fold_zero
-from textbook_code.deploy.graph import Graph, Op, Tensor
+from textbook_code.deploy.graph import Graph, Op, Tensor, UnsupportedOpError
 
 Array = NDArray[np.integer]
-
-
-class UnsupportedOpError(ValueError):
-    """A model that no C can be generated from; the message names the operation and its layer.
-
-    Book: deploy-c
-    """
 
 
 @dataclass(frozen=True)
