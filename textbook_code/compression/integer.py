@@ -20,16 +20,17 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 INT32_MAX = 2**31 - 1
 INT32_MIN = -(2**31)
 
 Integers = NDArray[np.int64]
 Bytes = NDArray[np.int8]
+Numbers = NDArray[Any] | np.integer[Any] | float
 
 
-def _int64(x: ArrayLike) -> Integers:
+def _int64(x: Numbers) -> Integers:
     out = np.asarray(x)
     if not np.issubdtype(out.dtype, np.integer):
         raise TypeError(f"expected integers, got {out.dtype}")
@@ -64,7 +65,7 @@ def quantize_multiplier(real: float) -> tuple[int, int]:
     return (mantissa, shift) if shift >= -31 else (0, 0)
 
 
-def high_multiply(a: ArrayLike, b: ArrayLike) -> Integers:
+def high_multiply(a: Numbers, b: Numbers) -> Integers:
     r"""The high half of twice the product, $\lfloor a b / 2^{31} \rceil$: a product of two Q0.31.
 
     Ties go up, as in gemmlowp; the one overflow, (−2³¹)², saturates.
@@ -77,7 +78,7 @@ def high_multiply(a: ArrayLike, b: ArrayLike) -> Integers:
     return np.minimum(quotient, INT32_MAX)
 
 
-def rounding_divide(x: ArrayLike, exponent: ArrayLike) -> Integers:
+def rounding_divide(x: Numbers, exponent: Numbers) -> Integers:
     r"""$\lfloor x / 2^e \rceil$ with ties away from zero.
 
     Book: integer-multiplier
@@ -87,7 +88,7 @@ def rounding_divide(x: ArrayLike, exponent: ArrayLike) -> Integers:
     return (x >> e) + ((x & mask) > (mask >> 1) + (x < 0))
 
 
-def multiply_by_quantized_multiplier(x: ArrayLike, mantissa: ArrayLike, shift: ArrayLike) -> Integers:
+def multiply_by_quantized_multiplier(x: Numbers, mantissa: Numbers, shift: Numbers) -> Integers:
     r"""$x\, m\, 2^{e - 31}$ in int32, rounded twice: after the product and after the shift.
 
     The two roundings are TensorFlow Lite's. They differ from one rounding by one, in a few of a thousand
@@ -112,14 +113,14 @@ class Rescale:
     shift: Integers
 
     @classmethod
-    def of(cls, real: ArrayLike) -> "Rescale":
+    def of(cls, real: Numbers) -> "Rescale":
         """From positive real factors; see `quantize_multiplier`."""
         factors = np.asarray(real, dtype=np.float64)
         pairs = [quantize_multiplier(float(r)) for r in factors.ravel()]
         mantissa, shift = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         return cls(mantissa.reshape(factors.shape), shift.reshape(factors.shape))
 
-    def __call__(self, x: ArrayLike) -> Integers:
+    def __call__(self, x: Numbers) -> Integers:
         """The integers nearest to the products, but for the double rounding."""
         return multiply_by_quantized_multiplier(x, self.mantissa, self.shift)
 
@@ -134,7 +135,7 @@ def to_int8(x: Integers, *, zero: int = 0, low: int = -128, high: int = 127) -> 
     return np.clip(x + zero, low, high).astype(np.int8)
 
 
-def fold_zero(weight: ArrayLike, bias: ArrayLike | None, zero: int) -> Integers:
+def fold_zero(weight: Numbers, bias: Numbers | None, zero: int) -> Integers:
     r"""The bias that makes up for the zero point of the input: $b_o - z \sum_i W_{oi}$.
 
     Args:
@@ -147,9 +148,9 @@ def fold_zero(weight: ArrayLike, bias: ArrayLike | None, zero: int) -> Integers:
 
 
 def fully_connected(
-    x: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None,
+    x: Numbers,
+    weight: Numbers,
+    bias: Numbers | None,
     rescale: Rescale,
     *,
     x_zero: int,
@@ -178,9 +179,9 @@ def fully_connected(
 
 
 def patch_conv(
-    image: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None,
+    image: Numbers,
+    weight: Numbers,
+    bias: Numbers | None,
     rescale: Rescale,
     *,
     x_zero: int,
@@ -214,7 +215,7 @@ def patch_conv(
 
 
 def batch_matmul(
-    a: ArrayLike, b: ArrayLike, rescale: Rescale, *, a_zero: int, b_zero: int, out_zero: int
+    a: Numbers, b: Numbers, rescale: Rescale, *, a_zero: int, b_zero: int, out_zero: int
 ) -> Bytes:
     r"""A product of two activations, (…, T, K) with (…, K, S), each with a zero point.
 
@@ -228,8 +229,8 @@ def _common_scale(a_scale: float, b_scale: float) -> float:
 
 
 def add(
-    a: ArrayLike,
-    b: ArrayLike,
+    a: Numbers,
+    b: Numbers,
     *,
     scales: tuple[float, float, float],
     zeros: tuple[int, int, int],
@@ -255,7 +256,7 @@ def add(
 
 
 def squared_difference(
-    a: ArrayLike, b: ArrayLike, *, scales: tuple[float, float, float], zeros: tuple[int, int, int]
+    a: Numbers, b: Numbers, *, scales: tuple[float, float, float], zeros: tuple[int, int, int]
 ) -> Bytes:
     r"""$(a - b)^2$, with both brought to the scale $2\max(s_a, s_b) / 2^7$ first; arguments as of `add`.
 
@@ -269,8 +270,8 @@ def squared_difference(
 
 
 def multiply(
-    a: ArrayLike,
-    b: ArrayLike,
+    a: Numbers,
+    b: Numbers,
     rescale: Rescale,
     *,
     zeros: tuple[int, int, int],
@@ -285,7 +286,7 @@ def multiply(
     return to_int8(rescale(product), zero=zeros[2], low=low, high=high)
 
 
-def mean(x: ArrayLike, axes: tuple[int, ...], rescale: Rescale, *, x_zero: int, out_zero: int) -> Bytes:
+def mean(x: Numbers, axes: tuple[int, ...], rescale: Rescale, *, x_zero: int, out_zero: int) -> Bytes:
     r"""The mean over `axes`, which are dropped; `rescale` is $s_x / s_y$.
 
     The division by the number of elements goes into the mantissa, rounded down.
@@ -317,7 +318,7 @@ def _exp_quarter(a: Integers) -> Integers:
     return at_eighth + high_multiply(at_eighth, x + tail)
 
 
-def exp_negative(a: ArrayLike) -> Integers:
+def exp_negative(a: Numbers) -> Integers:
     r"""$e^a$ for $a \le 0$, from Q5.26 to Q0.31.
 
     The number is split into quarters and a rest in [−1/4, 0). The rest goes through a polynomial. The bits of
@@ -345,7 +346,7 @@ def exp_negative(a: ArrayLike) -> Integers:
     return np.where(x == 0, INT32_MAX, out)
 
 
-def reciprocal(a: ArrayLike) -> Integers:
+def reciprocal(a: Numbers) -> Integers:
     r"""$1 / (1 + a)$ for $0 \le a < 1$, from Q0.31 to Q0.31, by Newton and Raphson.
 
     With $d = (1 + a) / 2$ the iteration $x \leftarrow x + x (1 - d x)$ doubles the number of right bits. It
@@ -386,7 +387,7 @@ def softmax_table(scale: float, beta: float = 1.0) -> Integers:
     return table
 
 
-def softmax(x: ArrayLike, table: Integers) -> Bytes:
+def softmax(x: Numbers, table: Integers) -> Bytes:
     r"""Softmax over the last axis in integers; the output has scale 1/256 and zero point −128.
 
     $$q_y = -128 + \Big\lfloor 256\, \frac{e^{-s (m - q)}}{\sum e^{-s (m - q)}} \Big\rceil, \qquad
@@ -449,7 +450,7 @@ def inverse_sqrt(x: int) -> tuple[int, int]:
     return (mantissa, -right) if right >= 0 else (mantissa << -right, 0)
 
 
-def rsqrt(x: ArrayLike, rescale: Rescale, *, x_zero: int, out_zero: int) -> Bytes:
+def rsqrt(x: Numbers, rescale: Rescale, *, x_zero: int, out_zero: int) -> Bytes:
     r"""$1/\sqrt{x}$ element by element; `rescale` is $1 / (\sqrt{s_x}\, s_y)$. Zero gives the largest byte.
 
     Raises:
@@ -503,8 +504,8 @@ class LayerNormInt8:
     @classmethod
     def of(
         cls,
-        weight: ArrayLike,
-        bias: ArrayLike,
+        weight: Numbers,
+        bias: Numbers,
         *,
         norm_eps: float,
         x_scale: float,
@@ -541,7 +542,7 @@ class LayerNormInt8:
             out_zero,
         )
 
-    def __call__(self, x: ArrayLike) -> Bytes:
+    def __call__(self, x: Numbers) -> Bytes:
         """Normalise the last axis.
 
         Raises:
@@ -575,7 +576,7 @@ def _shift_left16(a: Integers, bits: int) -> Integers:
     return np.clip(a << bits, -(2**15), 2**15 - 1)
 
 
-def hard_swish(x: ArrayLike, *, scales: tuple[float, float], zeros: tuple[int, int]) -> Bytes:
+def hard_swish(x: Numbers, *, scales: tuple[float, float], zeros: tuple[int, int]) -> Bytes:
     r"""$x \min(\max(x + 3, 0), 6) / 6$ in int16, as TensorFlow Lite's reference has it.
 
     Args:
