@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,8 @@ def test_rows_and_errors_reach_the_files(tmp_path, workers):
         assert ledger[1]["test"] == "tests/test_toy.py::test_good"
         assert not (tmp_path / "_build/parity-mutations.json").exists()
     output = run("-n", str(workers))
-    assert "4 failed, 2 passed" in output or "3 failed, 2 passed, 1 error" in output, output
+    counts = re.sub(r"\d+ warnings?, ", "", output)  # other plugins' business
+    assert "4 failed, 2 passed" in counts or "3 failed, 2 passed, 1 error" in counts, output
     assert "the test declares the parity row toy/idle and compares nothing" in output
     assert "the parity row toy/skipped may not be skipped: no network" in output
     assert "the fixture `parity` needs a row" in output
