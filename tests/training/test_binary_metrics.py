@@ -40,8 +40,8 @@ def test_against_scikit_learn(seed: int, ties: bool) -> None:
         balanced_accuracy(logits, labels), metrics.balanced_accuracy_score(labels, logits > 0)
     )
     assert math.isclose(roc_area(logits, labels), metrics.roc_auc_score(labels, logits))
-    fpr, tpr, thresholds = metrics.roc_curve(labels, logits, drop_intermediate=False)
-    for got, want in zip(roc(logits, labels), (fpr, tpr, thresholds), strict=True):
+    false_alarm_rate, hit_rate, thresholds = metrics.roc_curve(labels, logits, drop_intermediate=False)
+    for got, want in zip(roc(logits, labels), (false_alarm_rate, hit_rate, thresholds), strict=True):
         np.testing.assert_allclose(got.numpy(), want, atol=1e-12)
     found, stated = calibration_curve(labels, logits.double().sigmoid(), n_bins=10)
     bins = reliability(logits, labels)
