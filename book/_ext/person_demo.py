@@ -62,8 +62,7 @@ def key() -> str:
         package / "deploy" / "planner.py",
         package / "figures.py",
         *sorted((package / "deploy" / "c_codegen").rglob("*.[pch]*")),
-        *sorted((package / "data").glob("people*/**/*.py")),
-        *sorted((package / "data").glob("people.py")),
+        *sorted((package / "data" / "people").rglob("*.py")),
         *sorted((package / "data").glob("pedestrians/*")),
     ]
     parts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in made_by if path.is_file()]

@@ -13,7 +13,7 @@ from torch import Tensor
 from textbook_code.compression import integer
 from textbook_code.compression.quantize import Affine
 from textbook_code.exercises.framework import Exercise
-from textbook_code.exercises.judge import tensor_problem
+from textbook_code.exercises.judge import slips_of, tensor_problem
 
 
 def _bytes(*shape: int, low: int = -128) -> Tensor:
@@ -210,12 +210,6 @@ _SOFTMAX = """
 """
 
 
-def _slips_of(source: str, *pairs: tuple[str, str]) -> tuple[str, ...]:
-    for right, _ in pairs:
-        assert right in source, right
-    return tuple(source.replace(right, slip) for right, slip in pairs)
-
-
 EXERCISES = (
     Exercise(
         name="export-int8/affine",
@@ -232,7 +226,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_AFFINE,
-        wrong=_slips_of(
+        wrong=slips_of(
             _AFFINE,
             ("low, high = min(low, 0.0), max(high, 0.0)", "pass"),
             ("/ 255", "/ 256"),
@@ -258,7 +252,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_FOLD,
-        wrong=_slips_of(
+        wrong=slips_of(
             _FOLD,
             ("bias - ", "bias + "),
             (".int().sum(1, dtype=bias.dtype)", ".sum(1, dtype=weight.dtype).int()"),
@@ -302,7 +296,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_STRAIGHT,
-        wrong=_slips_of(
+        wrong=slips_of(
             _STRAIGHT,
             ("upstream * ((q >= -128) & (q <= 127))", "upstream"),
             ("upstream * ((q >= -128) & (q <= 127))", "upstream * 0"),
@@ -331,7 +325,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_SOFTMAX,
-        wrong=_slips_of(
+        wrong=slips_of(
             _SOFTMAX,
             (" + total // 2", ""),
             (".clamp(max=127)", ""),

@@ -1,6 +1,6 @@
 """What the checks of the exercises are made of: compare an answer, and say in one sentence what is wrong.
 
-Each function returns None when the answer is right.
+Each `…_problem` returns None when the answer is right.
 
 Book: exercises-how
 """
@@ -108,3 +108,16 @@ def _brief(value: Any) -> str:
         if isinstance(value, str | bool | list | tuple)
         else f"a {type(value).__name__}"
     )
+
+
+def slips_of(solution: str, *changes: tuple[str, str]) -> tuple[str, ...]:
+    """Wrong answers made of a right one: the solution with the first of a pair replaced by the second.
+
+    Raises:
+        AssertionError: the solution does not hold what is to be replaced.
+
+    Book: exercises-how
+    """
+    for right, _ in changes:
+        assert right in solution, right
+    return tuple(solution.replace(right, wrong) for right, wrong in changes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from textbook_code.exercises.framework import Exercise
-from textbook_code.exercises.judge import tensor_problem
+from textbook_code.exercises.judge import slips_of, tensor_problem
 from textbook_code.layers.linear_attention import dense_linear_attention, positive_features
 
 
@@ -263,10 +263,6 @@ _GATED = """
 """
 
 
-def _slips_of(source: str, *pairs: tuple[str, str]) -> tuple[str, ...]:
-    return tuple(source.replace(right, slip) for right, slip in pairs)
-
-
 EXERCISES = (
     Exercise(
         name="linear-attention/running-sums",
@@ -287,7 +283,7 @@ EXERCISES = (
         """,
         solution=_RUNNING,
         wrong=(
-            *_slips_of(_RUNNING, (" / (query @ z)", "")),
+            *slips_of(_RUNNING, (" / (query @ z)", "")),
             """
             import torch
 
@@ -334,7 +330,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_FEATURE,
-        wrong=_slips_of(
+        wrong=slips_of(
             _FEATURE,
             (".sum(-1, keepdim=True) / 2", ".sum(-1, keepdim=True)"),
             (" - x.square().sum(-1, keepdim=True) / 2", ""),
@@ -394,7 +390,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_CHUNKS,
-        wrong=_slips_of(
+        wrong=slips_of(
             _CHUNKS,
             ("S = S + k.T @ values", "pass"),
             (".tril()", ""),
@@ -428,7 +424,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_GATED,
-        wrong=_slips_of(
+        wrong=slips_of(
             _GATED,
             ("gates[t][:, None] * S", "S"),
             (

@@ -11,7 +11,7 @@ from textbook_code.compression.integer import multiply_by_quantized_multiplier
 from textbook_code.deploy.planner import Buffer, lower_bound
 from textbook_code.deploy.planner import plan as first_fit
 from textbook_code.exercises.framework import Exercise
-from textbook_code.exercises.judge import number_problem
+from textbook_code.exercises.judge import number_problem, slips_of
 
 Life = tuple[int, int, int]  # size, first, last
 
@@ -237,12 +237,6 @@ _CLASHES = """
 """
 
 
-def _slips_of(solution: str, *changes: tuple[str, str]) -> tuple[str, ...]:
-    for old, _ in changes:
-        assert old in solution, old
-    return tuple(solution.replace(old, new) for old, new in changes)
-
-
 EXERCISES = (
     Exercise(
         name="microcontroller/count-loop",
@@ -261,7 +255,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_COUNT,
-        wrong=_slips_of(
+        wrong=slips_of(
             _COUNT,
             ("(8 * rows)", "(4 * rows)"),
             ("1 + 2\n", "2\n"),
@@ -302,7 +296,7 @@ EXERCISES = (
                 product = abs(x * multiplier) >> (31 - shift)
                 return product if x >= 0 else -product
             """,
-            *_slips_of(_RESCALE, ("+ (high < 0)", ""), (" + (1 << 30)", "")),
+            *slips_of(_RESCALE, ("+ (high < 0)", ""), (" + (1 << 30)", "")),
         ),
         check=_check_rescale,
         hint="A right shift of a negative number rounds down. Which remainder is a tie, where does it go?",
@@ -323,7 +317,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_DUAL,
-        wrong=_slips_of(
+        wrong=slips_of(
             _DUAL,
             ("signed(word, 8), signed(word >> 16, 8)", "word & 0xff, word >> 16 & 0xff"),
             ("signed(two, 16)", "(two & 0xffff)"),
@@ -355,7 +349,7 @@ EXERCISES = (
                 return found
         """,
         solution=_CLASHES,
-        wrong=_slips_of(
+        wrong=slips_of(
             _CLASHES,
             ("first_i <= last_j and first_j <= last_i", "first_i < last_j and first_j < last_i"),
             (
@@ -396,7 +390,7 @@ EXERCISES = (
             def plan(buffers):
                 return [0] * len(buffers)
             """,
-            *_slips_of(
+            *slips_of(
                 _PLAN,
                 ("first <= buffers[j][2]", "first < buffers[j][2]"),
                 ("offset = max(offset, offsets[j] + buffers[j][0])", "offset = offsets[j] + buffers[j][0]"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from textbook_code.deploy.images import fit
 from textbook_code.exercises.framework import Exercise
+from textbook_code.exercises.judge import slips_of
 
 
 def _rng() -> np.random.Generator:
@@ -262,12 +263,6 @@ _STEADY = """
 """
 
 
-def _slips_of(source: str, *pairs: tuple[str, str]) -> tuple[str, ...]:
-    for right, _ in pairs:
-        assert right in source, right
-    return tuple(source.replace(right, slip) for right, slip in pairs)
-
-
 EXERCISES = (
     Exercise(
         name="pixels-to-person/overlaps",
@@ -288,7 +283,7 @@ EXERCISES = (
         """,
         solution=_OVERLAPS,
         wrong=(
-            *_slips_of(
+            *slips_of(
                 _OVERLAPS,
                 ("np.maximum(last - first, 0)", "last - first"),
                 ("n * (i + 1), side * (k + 1)", "side * (i + 1), n * (k + 1)"),
@@ -323,7 +318,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_AGREEMENT,
-        wrong=_slips_of(
+        wrong=slips_of(
             _AGREEMENT,
             ("a.astype(np.int32) - b.astype(np.int32)", "a - b"),
             ("(a > zero) == (b > zero)", "(a >= zero) == (b >= zero)"),
@@ -352,7 +347,7 @@ EXERCISES = (
         """,
         solution=_THRESHOLD,
         wrong=(
-            *_slips_of(
+            *slips_of(
                 _THRESHOLD,
                 ("others[most]", "others[most - 1]"),
                 ("others[most]", "others[most] + 1"),
@@ -381,7 +376,7 @@ EXERCISES = (
         answer="prepare",
         starter=_BUGGY_PREPARE,
         solution=_PREPARE,
-        wrong=_slips_of(
+        wrong=slips_of(
             _PREPARE,
             (", ::-1]", "]"),
             ("(mean - 128).astype(np.int8)", "mean.astype(np.uint8).astype(np.int8)"),
@@ -408,7 +403,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_STEADY,
-        wrong=_slips_of(
+        wrong=slips_of(
             _STEADY,
             ("run + 1 if against else 0", "run + 1 if against else run"),
             ("step > on", "step >= on"),

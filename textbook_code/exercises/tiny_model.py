@@ -12,7 +12,7 @@ from torch import Tensor
 
 from textbook_code.data.people import model_input
 from textbook_code.exercises.framework import Exercise
-from textbook_code.exercises.judge import as_number, number_problem, tensor_problem
+from textbook_code.exercises.judge import as_number, number_problem, slips_of, tensor_problem
 from textbook_code.models.vision.tiny_vit import TinyViTConfig
 
 _SHAPES = (
@@ -195,10 +195,6 @@ _BUGGY_INPUT = """
 """
 
 
-def _slips_of(source: str, *pairs: tuple[str, str]) -> tuple[str, ...]:
-    return tuple(source.replace(right, slip) for right, slip in pairs)
-
-
 EXERCISES = (
     Exercise(
         name="tiny-model/split",
@@ -254,7 +250,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_FOLD,
-        wrong=_slips_of(
+        wrong=slips_of(
             _FOLD,
             ("(var + eps).sqrt()", "var.sqrt()"),
             ("(var + eps).sqrt()", "(var + eps)"),
@@ -312,7 +308,7 @@ EXERCISES = (
                 raise NotImplementedError
         """,
         solution=_PEAK,
-        wrong=_slips_of(
+        wrong=slips_of(
             _PEAK,
             ("scores = H * N * N", "scores = N * N"),
             ("2 * x + 2 * scores,", "2 * x + scores,"),
@@ -352,7 +348,7 @@ EXERCISES = (
                 p = right.float().mean().item()
                 return (p * (1 - p) / len(right)) ** 0.5
             """,
-            *_slips_of(_ERROR, (".std().item()", ".std().item() / len(names) ** 0.5")),
+            *slips_of(_ERROR, (".std().item()", ".std().item() / len(names) ** 0.5")),
         ),
         check=_check_standard_error,
         hint="Draw as many groups as there are, with replacement, and take all pictures of each.",
